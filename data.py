@@ -15,7 +15,6 @@ and it repeats some steps in brackets, which carries no information. RL has accu
 """
 
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,6 +23,8 @@ from functools import lru_cache
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from run import BadInput, say
 
 
 def require_at_least(least: int, config, *names: str) -> None:
@@ -48,19 +49,6 @@ class DataConfig:
             raise ValueError(f"source={self.source!r} is not known: choose one of {', '.join(SOURCES)}")
         if not self.min_steps <= self.max_steps <= len(LABELS):
             raise ValueError(f"max_steps={self.max_steps} must lie between min_steps and {len(LABELS)}")
-
-
-class BadInput(Exception):
-    """The user can mend this: its message is one line that says what, where, and what to do instead."""
-
-
-def command_line(main) -> None:
-    """Run a script's `main()`; bad input ends in one line on stderr and exit code 2."""
-    try:
-        main()
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 class Draw(IntEnum):
@@ -179,5 +167,5 @@ def encode_prompts(problems: list[Problem], tokenizer, limit: int) -> tuple[list
     if not fitting:
         raise BadInput(f"all {len(problems)} prompts are longer than {limit} tokens: raise data.max_prompt_tokens")
     if len(fitting) < len(problems):
-        print(f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer than {limit} tokens")
+        say(f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer than {limit} tokens")
     return [problems[i] for i in fitting], [ids[i] for i in fitting]

@@ -5,14 +5,21 @@ python eval.py runs/quickstart --prompts 200 --seed 1
 """
 
 import argparse
+import resource
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import torch
 
-from data import BadInput, DataConfig, Draw, Problem, command_line, encode_prompts, load_problems, require_at_least
+from data import DataConfig, Draw, Problem, encode_prompts, load_problems, require_at_least
+from model import memory_plan
 from reward import grade
-from sample import Rollout, SampleConfig, context_left, open_run, sample
+from run import BadInput, command_line, shared, world_size
+from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
+from spro import OUTCOME_ONLY
 
 
 @dataclass
@@ -43,7 +50,8 @@ def evaluate(
     metrics = {}
     for name, temperature in (("eval/accuracy", config.temperature), ("eval/accuracy_greedy", 0.0)):
         rollout = sample(model, tokenizer, prompts, keys, config, group_size=1, temperature=temperature)
-        verdicts = grade(problems, rollout.texts, grader)
+        answers = list(zip(problems, rollout.texts, strict=True))
+        verdicts = shared(lambda part: grade(part, grader), answers)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if not scores:
             raise RuntimeError(f"no held-out response could be graded; the first: {verdicts[0].reason}")
@@ -97,6 +105,30 @@ def token_metrics(
     return metrics
 
 
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps of one RL step (of ratio/max the max), and how many steps were refused."""
+    taken = [update for update in updates if update]
+    metrics = {key: sum(update[key] for update in taken) / len(taken) for key in (taken[0] if taken else ())}
+    if taken:
+        metrics["ratio/max"] = max(update["ratio/max"] for update in taken)
+    return metrics | {"updates/taken": len(taken), "updates/refused": len(updates) - len(taken)}
+
+
+def peak_gib() -> float:
+    """Peak memory of this process: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def timed(seconds: dict[str, float], key: str):
+    """Add the seconds that the block takes to `seconds`."""
+    start = time.perf_counter()
+    yield
+    seconds[key] = time.perf_counter() - start
+
+
 def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
     """One aligned line of the metrics that tell whether a run is well."""
     cells = [f"step {step:>{len(str(steps))}}/{steps}"]
@@ -112,6 +144,57 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
     ):
         cells.append(f"{label} {m[key]:{width}.{digits}f}" if key in m else f"{label} {'-':>{width}}")
     return "  ".join([*cells, f"{m['time/step']:.2f} s"])
+
+
+def describe(config, policy, device, n_train: int, n_held_out: int) -> str:
+    """What is about to run, with the batch arithmetic and the sampling settings that are really in force."""
+    t, s, a = config.train, config.sample, config.algorithm
+    responses = t.prompts_per_step * s.group_size
+    settings = generation_settings(policy, s.max_new_tokens).to_diff_dict()
+    settings.pop("transformers_version", None)
+    return "\n".join((
+        f"{a.advantage}, beta {a.beta:g}, seed {config.seed}, into {config.run_dir}",
+        f"model    {config.model.path or 'from scratch'}: {policy.config.model_type}, {policy.num_parameters():,} "
+        f"parameters; {world_size()} x {device.type}, {torch.get_num_threads()} threads each",
+        f"data     {config.data.source}: {n_train} training prompts, {n_held_out} held out for evaluation",
+        f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
+        f"{responses // t.mini_batch_size} optimizer steps x {t.mini_batch_size // t.micro_batch_size} micro-batches "
+        f"x {t.micro_batch_size}; {t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}",
+        f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; generate: {settings}",
+    ))  # fmt: skip
+
+
+def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
+    """The first prompts exactly as the model will see them, and the memory plan of each rank."""
+    t, s, a = config.train, config.sample, config.algorithm
+    shown = [f"prompt {i + 1}: {tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])]
+    ranks = max(world_size(), config.model.shard * config.model.replicate)
+    plan = memory_plan(
+        policy,
+        config.model,
+        ranks,
+        tokens_per_row=max(map(len, prompts)) + s.max_new_tokens,
+        sampled_rows=min(s.batch_size, -(-t.prompts_per_step * s.group_size // ranks)),
+        trained_rows=t.micro_batch_size,
+        response_tokens=s.max_new_tokens,
+        has_reference=a.beta != 0 and a.advantage not in OUTCOME_ONLY,
+    )
+    table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
+    return "\n".join([*shown, f"memory of each of {ranks} rank(s), estimated:", *table, "dry run: nothing was written"])
+
+
+def summary(config, folder: Path, state: dict, seconds: float) -> str:
+    """The end of a run: what it began with, what it reached, and where to look."""
+    first, last = state["before"], state["after"]
+    lines = [f"\ndone in {seconds:.0f} s: {folder}"]
+    for name, key, form in (
+        (f"held-out accuracy, T={config.sample.temperature:g}", "eval/accuracy", ".3f"),
+        ("held-out accuracy, greedy", "eval/accuracy_greedy", ".3f"),
+        ("response length, tokens", "eval/response_length", ".1f"),
+    ):
+        lines.append(f"  {name:<26} {first[key]:{form}} -> {last[key]:{form}}")
+    lines.append(f"  {'best accuracy, at step':<26} {state['best']['eval/accuracy']:.3f}, {state['best']['step']}")
+    return "\n".join([*lines, f"the model is in {folder / 'model'}; look at what it writes: python sample.py {folder}"])
 
 
 def main() -> None:

@@ -1,20 +1,39 @@
-"""Hugging Face causal LMs: build one from a config block or load one from a folder, score tokens, save.
+"""Hugging Face causal LMs: build one from a config block or load one from a folder, shard it, score tokens, save.
 
-A model from here behaves the same wherever it came from: fp32, no dropout, a `generation_config` that holds stop and
-pad ids and nothing else (sampling settings that a model ships with would silently change what is sampled), and a
-method `token_log_probs` on the root module, in which backbone and head run together.
+A model from here behaves the same wherever it came from: fp32 weights, no dropout, a `generation_config` that holds
+stop and pad ids and nothing else (sampling settings that a model ships with would silently change what is sampled),
+and a method `token_log_probs` on the root module, in which backbone and head run together.
+
+Under torchrun, FSDP2 keeps 1/shard of the weights, gradients and optimizer moments of every decoder layer and of the
+root (embedding, head) on each rank, in fp32. A layer is gathered, in the compute type, just for its forward and its
+backward; for sampling the whole model is gathered once per rollout (`gathered`).
 """
 
+import hashlib
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from data import BadInput, Draw, random_for, require_at_least
+from data import Draw, random_for, require_at_least
+from run import BadInput, all_reduce, on_first_rank, rank, world_size
 
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
 
@@ -31,9 +50,18 @@ class ModelConfig:
     num_heads: int = 4  # from scratch
     num_kv_heads: int = 2  # from scratch: heads of keys and values
     attention: str = "sdpa"  # attention implementation of transformers: sdpa, eager, flash_attention_2
+    dtype: str = "bfloat16"  # of compute on a GPU: bfloat16 or float32; master weights and reductions are always fp32
+    gradient_checkpointing: bool = False  # keep one activation per layer and recompute the rest in the backward pass
+    offload_reference: bool = False  # keep the reference's weights in host memory (GPU runs)
+    shard: int = 0  # ranks that split a copy of the weights; 0: all of them
+    replicate: int = 1  # copies of the weights (HSDP): with several nodes, shard inside a node, replicate across
 
     def __post_init__(self):
         require_at_least(1, self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        require_at_least(0, self, "shard")
+        require_at_least(1, self, "replicate")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype={self.dtype!r} is not known: choose bfloat16 or float32")
         if self.architecture not in ("qwen2", "llama"):
             raise ValueError(f"architecture={self.architecture!r} is not known: choose qwen2 or llama")
         if self.hidden_size % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
@@ -66,13 +94,21 @@ def build(config: ModelConfig, tokenizer, seed: int):
     return _prepare(model, tokenizer)
 
 
-def load(path: str | Path, attention: str = "sdpa"):
-    """(model, tokenizer) from a folder or Hub id, in fp32. Raises BadInput where there is no causal LM."""
+def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
+    """(model, tokenizer) from a folder or Hub id, in fp32. Raises BadInput where there is no causal LM.
+
+    `empty`: read config.json and the tokenizer alone and make the model on the meta device, shapes without memory.
+    """
+    options = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if empty:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"no causal language model could be loaded from {str(path)!r}: {reason}") from error
     return _prepare(model, tokenizer), tokenizer
 
@@ -91,8 +127,13 @@ def _prepare(model, tokenizer):
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.shipped_generation_config = shipped
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
-    model.token_log_probs = MethodType(_token_log_probs, model)
-    return model.eval()  # for good: dropout has no place in a ratio of probabilities
+    model.token_log_probs, model.recomputes = MethodType(_token_log_probs, model), False
+    for module in model.modules():  # dropout has no place in a ratio of probabilities
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.eval()
 
 
 def frozen(model):
@@ -100,12 +141,140 @@ def frozen(model):
     return model.requires_grad_(False)
 
 
+def weights_hash(model) -> str:
+    """sha256 over names and values of all weights of a model that is not sharded: says which reference a run has."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save(model, tokenizer, folder: Path) -> None:
-    """Write HF safetensors, config, tokenizer and the generation config the model came with to `folder`."""
-    model.save_pretrained(folder)
+    """Write HF safetensors, config, tokenizer and the generation config the model came with to `folder`.
+
+    All ranks call it: weights are gathered one by one, and only rank 0 holds them all, in host memory. The folder
+    appears when it is complete.
+    """
+    whole = {}
+    for name, parameter in model.named_parameters():  # a tied weight is listed once
+        tensor = parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if rank() == 0:
+            whole[name] = tensor.cpu()
+    on_first_rank(lambda: _write_model(model, whole, tokenizer, folder))
+
+
+def _write_model(model, weights, tokenizer, folder: Path) -> None:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=weights)
     # Not through save_pretrained, which refuses some published generation configs as inconsistent.
-    model.shipped_generation_config.to_json_file(folder / "generation_config.json")
-    tokenizer.save_pretrained(folder)
+    model.shipped_generation_config.to_json_file(temporary / "generation_config.json")
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# --- sharding -----------------------------------------------------------------------------------------------------
+
+
+def shard(model, config: ModelConfig, device: torch.device, offload: bool = False):
+    """Put the model on `device`, its weights split over the ranks by FSDP2 wherever there is a process group.
+
+    Every rank comes with the whole model in host memory and leaves with its share. `offload` keeps that share in host
+    memory (the reference's option). Raises BadInput if shard x replicate is not the number of ranks.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recomputes = True
+    split = config.shard or world_size() // config.replicate
+    if split * config.replicate != world_size():
+        raise BadInput(
+            f"model.shard={config.shard} x model.replicate={config.replicate} does not make the {world_size()} ranks "
+            "of this run"
+        )
+    if not dist.is_initialized():
+        return model.to(device)
+    sizes, names = (split,), ("shard",)
+    if config.replicate > 1:
+        sizes, names = (config.replicate, split), ("replicate", "shard")
+    on_gpu = device.type == "cuda"
+    options = {
+        "mesh": init_device_mesh(device.type, sizes, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=getattr(torch, config.dtype) if on_gpu else None, reduce_dtype=torch.float32
+        ),
+        "offload_policy": CPUOffloadPolicy() if offload and on_gpu else OffloadPolicy(),
+    }
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):  # transformers' name for a decoder layer's class
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "token_log_probs")
+    return model
+
+
+def memory_plan(
+    model,
+    config: ModelConfig,
+    ranks: int,
+    tokens_per_row: int,
+    sampled_rows: int,
+    trained_rows: int,
+    response_tokens: int,
+    has_reference: bool,
+) -> dict[str, float]:
+    """GiB that each rank will need, by what needs it. The model may be on the meta device: only shapes are read.
+
+    Activations count what a decoder layer of Llama's shape keeps for its backward pass; the allocator's slack and the
+    library itself (0.5 to 1 GiB on a GPU) are not in it.
+    """
+    c, n = model.config, model.num_parameters()
+    split = config.shard or max(1, ranks // config.replicate)
+    compute = 2 if config.dtype == "bfloat16" and (torch.cuda.is_available() or model.device.type == "meta") else 4
+    kv_width = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    layer = 8 * c.hidden_size + 2 * kv_width + 4 * c.intermediate_size  # values kept per token
+    kept = c.num_hidden_layers * c.hidden_size + layer if config.gradient_checkpointing else c.num_hidden_layers * layer
+    logits = min(trained_rows * response_tokens * c.vocab_size, LOGITS_AT_ONCE)
+    is_split = ranks > 1 or compute == 2
+    always = {
+        "weights, fp32, sharded": 4 * n / split,
+        "optimizer moments, fp32, sharded": 8 * n / split,
+        "reference, fp32, sharded": 4 * n / split if has_reference and not config.offload_reference else 0,
+    }
+    sampling = {
+        "sampling: gathered weights": compute * n if is_split else 0,
+        "sampling: KV cache": 2 * c.num_hidden_layers * kv_width * compute * sampled_rows * tokens_per_row,
+        "sampling: logits": sampled_rows * c.vocab_size * 28,  # fp32 scores and log-probs, fp64 probabilities and CDF
+    }
+    update = {
+        "update: gradients, fp32, sharded": 4 * n / split,
+        "update: gathered layers": 2 * compute * n / (c.num_hidden_layers + 1) if is_split else 0,
+        "update: activations": kept * trained_rows * tokens_per_row * compute,
+        "update: logits": logits * (compute + 4 * 4),  # and log-probs, probabilities and gradients, in fp32
+    }
+    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
+    return {name: size / 2**30 for name, size in {**always, **sampling, **update, "peak": peak}.items()}
+
+
+@contextmanager
+def gathered(model):
+    """Whole weights on every rank, for generation: gathered once here, not once per token.
+
+    Costs the whole model in the compute type beside this rank's shards, until the block is left. While it lasts a
+    forward pass needs no other rank, so ranks may run different numbers of them and cannot wait for each other: rows
+    may stop at different lengths. All ranks must enter and leave together. Does nothing to a model not sharded.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not model, recurse=False)  # FSDP2's own defaults
+            module.reshard()
 
 
 def _score_tokens(head, hidden, targets, temperature):
@@ -121,6 +290,8 @@ def _score_tokens(head, hidden, targets, temperature):
 
 
 def _token_log_probs(self, tokens, attention_mask, response_length, temperature):
+    if self.recomputes:
+        self.train(torch.is_grad_enabled())  # transformers checkpoints in training mode alone; dropout is 0 in both
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     states = self.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
     hidden = states[:, -response_length - 1 : -1].flatten(0, 1)  # the state before each response token
@@ -132,7 +303,8 @@ def _token_log_probs(self, tokens, attention_mask, response_length, temperature)
         scored = [checkpoint(_score_tokens, head, h, t, temperature, use_reentrant=False) for h, t in chunks]
     else:
         scored = [_score_tokens(head, h, t, temperature) for h, t in chunks]
-    return tuple(torch.cat(part).unflatten(0, (len(tokens), response_length)) for part in zip(*scored, strict=True))
+    shape = (len(tokens), response_length)
+    return tuple(torch.cat(part).reshape(shape).clone() for part in zip(*scored, strict=True))  # FSDP2 warns of views
 
 
 def token_log_probs(
@@ -149,28 +321,38 @@ def token_log_probs(
 
 
 def micro_batches(lengths: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Split rows into index lists of at most `size`, similar lengths together, so that little is padding."""
-    return list(lengths.argsort(stable=True).split(size)) if len(lengths) else []
+    """Rows as index lists of at most `size`, similar lengths together, so that little is padding.
+
+    As many lists as a multiple of the ranks, so that all ranks run the same number of passes: some may be empty.
+    """
+    parts = -(-len(lengths) // size)
+    parts += -parts % world_size()
+    return list(lengths.argsort(stable=True).tensor_split(parts)) if parts else []
 
 
 def scored_micro_batches(model, rollout, temperature: float, size: int):
-    """`token_log_probs` of a Rollout, micro-batch by micro-batch: yields (rows, log_probs, entropy).
+    """`token_log_probs` of this rank's share of a Rollout, by micro-batch: yields (rows, log_probs, entropy).
 
     Only the first T columns of a micro-batch exist, T being its longest response: index other [B, T] tensors with
-    `x[rows, : log_probs.shape[1]]`. One micro-batch's graph can be freed before the next is built.
+    `x[rows, : log_probs.shape[1]]`. One micro-batch's graph can be freed before the next is built. An empty micro-batch
+    scores a row that it does not yield: FSDP needs every rank in every pass.
     """
-    for rows in micro_batches(rollout.mask.sum(1), size):
-        part = rollout.pick(rows)
+    for rows in micro_batches(rollout.mask.sum(1), size)[rank() :: world_size()]:
+        part = rollout.pick(rows if len(rows) else torch.tensor([0]))
         tokens, attention_mask = (x.to(model.device) for x in (part.tokens, part.attention_mask))
-        yield rows, *token_log_probs(model, tokens, attention_mask, part.mask.shape[1], temperature)
+        scores = token_log_probs(model, tokens, attention_mask, part.mask.shape[1], temperature)
+        yield rows, *(score[: len(rows)] for score in scores)
 
 
 @torch.no_grad()
 def rollout_log_probs(model, rollout, temperature: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_log_probs` of a whole Rollout, without gradients -> log_probs, entropy [B, T] on CPU; 0 where masked."""
-    log_probs, entropy = torch.zeros(2, *rollout.mask.shape)
+    """`token_log_probs` of a whole Rollout, without gradients -> log_probs, entropy [B, T] on CPU; 0 where masked.
+
+    The ranks share the rows; each row is scored by one of them and reaches the others exactly, as a sum with zeros.
+    """
+    whole = torch.zeros(2, *rollout.mask.shape)
     for rows, *scores in scored_micro_batches(model, rollout, temperature, batch_size):
         T = scores[0].shape[1]
-        for whole, part in zip((log_probs, entropy), scores, strict=True):
-            whole[rows, :T] = torch.where(rollout.mask[rows, :T], part.cpu(), 0.0)
-    return log_probs, entropy
+        for i, score in enumerate(scores):
+            whole[i, rows, :T] = torch.where(rollout.mask[rows, :T], score.cpu(), 0.0)
+    return tuple(all_reduce(whole))

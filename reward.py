@@ -57,9 +57,9 @@ def grade_one(grader: str, text: str, reference: str) -> Verdict:
     return Verdict(score, reason, time.perf_counter() - start)
 
 
-def grade(problems, texts, grader: str = "") -> list[Verdict]:
-    """One verdict per response, in order: `grader`, or else each problem's own, against the problem's reference."""
-    return [grade_one(grader or p.grader, text, p.reference) for p, text in zip(problems, texts, strict=True)]
+def grade(answers, grader: str = "") -> list[Verdict]:
+    """One verdict for each (problem, text) of `answers`, in order: by `grader`, or else by each problem's own."""
+    return [grade_one(grader or problem.grader, text, problem.reference) for problem, text in answers]
 
 
 def main() -> int:

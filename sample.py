@@ -20,9 +20,10 @@ import torch.nn.functional as F
 import yaml
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from data import BadInput, DataConfig, Draw, command_line, encode_prompts, load_problems, random_for, require_at_least
+from data import DataConfig, Draw, encode_prompts, load_problems, random_for, require_at_least
 from model import load
 from reward import grade_one
+from run import BadInput, command_line, rank, shared
 
 
 @dataclass
@@ -208,23 +209,28 @@ def sample(
     """`group_size` responses to every prompt, siblings adjacent -> Rollout of len(prompts) x group_size rows, on CPU.
 
     keys[i] = (seed, purpose, position) of prompt i; sibling g draws its uniforms from keys[i] + (g,). `group_size` and
-    `temperature` (0: greedy) default to the config's.
+    `temperature` (0: greedy) default to the config's. The ranks share the rows, and each gets the whole Rollout; a
+    sharded model must be `gathered`.
     """
     group_size = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
     rows = [(prompt, (*key, g)) for prompt, key in zip(prompts, keys, strict=True) for g in range(group_size)]
-    batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-    return Rollout.cat(
-        [_sample_batch(model, tokenizer, *zip(*b, strict=True), config.max_new_tokens, temperature) for b in batches]
-    )
+
+    def decode(rows) -> list[Rollout]:
+        batches = (zip(*rows[i : i + config.batch_size], strict=True) for i in range(0, len(rows), config.batch_size))
+        return [_sample_batch(model, tokenizer, *batch, config.max_new_tokens, temperature) for batch in batches]
+
+    return Rollout.cat(shared(decode, rows))
 
 
 def dump_rollout(file: Path, tokenizer, rollout: Rollout, group_size: int, asked, verdicts, rows, per_token) -> None:
-    """Write samples/step_*.jsonl: one line per response, with a list of values per token.
+    """Write samples/step_*.jsonl, on rank 0: one line per response, with a list of values per token.
 
     asked, verdicts [B]: the problem and the verdict of each response. `per_token` maps names to [len(rows), T] tensors
     that exist only for the rows of the rollout that were learned from, those of the kept groups.
     """
+    if rank():
+        return
     place = {row: i for i, row in enumerate(rows.tolist())}
     with file.open("w") as out:
         for i, (problem, verdict) in enumerate(zip(asked, verdicts, strict=True)):

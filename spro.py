@@ -114,7 +114,7 @@ def _step_term(process_rewards, mask, group_size, step_ids):
         return masked_step_advantage(cumulative_process_reward(process_rewards, mask), mask, group_size)
     # One column per step: a segment's reward is the sum over its tokens, and all its tokens share its advantage.
     ids = torch.where(mask, step_ids, 0)
-    shape = (len(mask), int(ids.max()) + 1)
+    shape = (len(mask), int(ids.max()) + 1 if ids.numel() else 1)
     rewards = torch.where(mask, process_rewards, 0.0)
     segment_rewards = rewards.new_zeros(shape).scatter_add(1, ids, rewards)
     segment_mask = torch.zeros(shape, dtype=torch.int, device=mask.device).scatter_add(1, ids, mask.int()) > 0
@@ -162,7 +162,7 @@ def keep_groups(rewards: torch.Tensor, group_size: int, low: float, high: float)
     ones too, where SPRO still has a step term; [0.01, 0.99] drops just those; PRIME (arXiv 2502.01456) uses [0.2, 0.8].
     """
     mean = _by_group(rewards.double(), group_size).mean(1)
-    return (mean > low - 1e-9) & (mean < high + 1e-9)
+    return (mean > low - 1e-6) & (mean < high + 1e-6)  # fp32 rewards: 0.8 is 0.80000001
 
 
 ADVANTAGES = {"spro": spro_advantage, "grpo": grpo_advantage}
@@ -199,6 +199,9 @@ def token_weights(
     return torch.where(mask, 1.0 / denominator.double(), 0.0)
 
 
+MAX_LOG_RATIO = 20.0  # one runaway token must not overflow: the gradient of inf x 0 would be NaN for the whole step
+
+
 def policy_loss(
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
@@ -218,13 +221,13 @@ def policy_loss(
     new, old, A = (_at_least_fp32(x) for x in (log_probs, old_log_probs.detach(), advantages.detach()))
     weights, A = weights.to(new.dtype), torch.where(live, A, 0.0)
     log_ratio = torch.where(live, new - old, 0.0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped, clipped = ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A
     loss = -(weights * torch.minimum(unclipped, clipped)).sum()
     with torch.no_grad():
         stats = {
             "kl/old": -(weights * log_ratio).sum(),
             "clip_fraction": (weights * (clipped < unclipped)).sum(),
-            "ratio/max": torch.where(live, ratio, 0.0).max(),
+            "ratio/max": torch.cat([ratio[live], ratio.new_zeros(1)]).max(),  # of no tokens: 0
         }
     return loss, stats

@@ -1,0 +1,480 @@
+"""What turns a program into a run: its config, its processes, its folder, and checkpoints that survive any kill.
+
+A checkpoint folder is complete or absent: it is written under a temporary name, every file is hashed into a manifest
+and flushed to disk, and only then is the folder renamed; older ones are pruned after that. Loading verifies the
+manifest, takes the newest checkpoint that holds, and reads tensors (safetensors) and JSON, nothing that can run code.
+
+    runs/NAME/config.yaml            the resolved config, with the command, commit and versions that made it
+    runs/NAME/metrics.jsonl          one line per step; step 0 is the evaluation before training
+    runs/NAME/samples/step_*.jsonl   whole rollouts, now and then
+    runs/NAME/checkpoints/step_*/    shard-*.safetensors (weights and optimizer moments), state.json, manifest.json
+    runs/NAME/warm_start/            metrics.jsonl and model/, where the model was built from scratch
+    runs/NAME/model/                 the trained model, for `from_pretrained`
+"""
+
+import dataclasses
+import difflib
+import errno
+import faulthandler
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process: as meant
+
+EXIT_BAD_INPUT = 2  # the user can mend it
+EXIT_FAILED = 1  # the run cannot go on
+EXIT_STOPPED = 75  # SIGTERM or Ctrl-C: saved, `resume=true` goes on (EX_TEMPFAIL, "try again later")
+CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
+    *("run_dir", "resume", "overwrite", "dry_run", "eval."),
+    *("train.steps", "train.save_every", "train.keep_checkpoints", "train.dump_every", "train.timeout_minutes"),
+)
+
+
+class BadInput(Exception):
+    """The user can mend this: its message is one line that says what, where, and what to do instead."""
+
+
+class RunStopped(Exception):
+    """The run cannot go on; the message says why, and what is safe. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = EXIT_FAILED):
+        super().__init__(message)
+        self.code = code
+
+
+def command_line(main) -> None:
+    """Run a script's `main()`; what goes wrong in a foreseen way ends in one line on stderr and an exit code."""
+    try:
+        main()
+    except BadInput as error:
+        say(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except RunStopped as stop:
+        say(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"stopped: cannot write: {error}; free some space, then resume=true", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def all_keys(cls, prefix: str = "") -> list[str]:
+    """Every key of a config dataclass, dotted."""
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys += all_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def typed(value, kind, key):
+    """`value` as `kind`, or BadInput. YAML reads 1e-4 as text, so numbers may come as text where a float is due."""
+    if get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
+            return tuple(typed(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
+    elif kind is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is kind:
+        return value
+    wanted = f"a list of {len(get_args(kind))} numbers" if get_origin(kind) is tuple else f"of type {kind.__name__}"
+    raise BadInput(f"config: {key} must be {wanted}, not {value!r}")
+
+
+def build_config(cls, values, known: list[str], prefix: str = ""):
+    """A config dataclass from nested dicts; unknown keys and wrong types raise BadInput."""
+    if not isinstance(values, dict):
+        raise BadInput(f"config: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {values!r}")
+    kinds, built = get_type_hints(cls), {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            same_name = [k for k in known if k.split(".")[-1] == str(name).split(".")[-1]]
+            near = (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+            raise BadInput(f"config: unknown key {key!r}; the nearest is {near!r}")
+        nested = dataclasses.is_dataclass(kinds[name])
+        built[name] = build_config(kinds[name], value, known, key + ".") if nested else typed(value, kinds[name], key)
+    try:
+        return cls(**built)
+    except ValueError as error:  # a block's own check of its values
+        raise BadInput(f"config: {prefix}{error}") from error
+
+
+def read_config(cls, arguments: list[str], default: Path):
+    """`[CONFIG.yaml] [key=value ...]` -> a `cls`: key=value overrides YAML, YAML overrides the dataclass's defaults.
+
+    Raises BadInput on a file that cannot be read, an unknown key, a wrong type, or what a block says of its own values.
+    """
+    overrides = [a for a in arguments if "=" in a]
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1 or any(a.startswith("-") for a in arguments):
+        raise BadInput(f"usage: [CONFIG.yaml] [key=value ...], not {' '.join(arguments)!r}")
+    path = Path(files[0]) if files else default
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise BadInput(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        key, _, text = override.partition("=")
+        *blocks, name = key.split(".")
+        block = values
+        for part in blocks:
+            block = block.setdefault(part, {}) if isinstance(block, dict) else None
+        if not isinstance(block, dict):
+            raise BadInput(f"config: {override!r} goes through something that is no block")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadInput(f"config: cannot read the value of {override!r}") from error
+        block[name] = "" if value is None else value
+    config = build_config(cls, values, all_keys(cls))
+    config.run_dir = config.run_dir or f"runs/{path.stem}"
+    return config
+
+
+def plain(config) -> dict:
+    """The config as YAML and JSON can hold it (lists for tuples)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words, file=None) -> None:
+    """print, once for all ranks."""
+    if rank() == 0:
+        print(*words, file=file, flush=True)
+
+
+def start_processes(timeout_minutes: float) -> torch.device:
+    """Join torchrun's processes, if it started this one -> this rank's device: its GPU if there is one, else the CPU.
+
+    On a GPU even a single process forms a group of one, so that FSDP keeps master weights and compute type apart.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if on_gpu or not alone:
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes, seconds=30), **alone)
+    return device
+
+
+def watch(timeout_minutes: float) -> None:
+    """From now, unless called again in time, have every rank print where it stands: a hang must explain itself.
+
+    The dump comes 30 seconds before collectives give up and end the run.
+    """
+    faulthandler.dump_traceback_later(timeout_minutes * 60)
+
+
+def shared(work, items: list) -> list:
+    """`work(items)`, a list of results, divided among the ranks by contiguous slices; every rank gets them all."""
+    if world_size() == 1:
+        return work(items)
+    bounds = [len(items) * r // world_size() for r in range(world_size() + 1)]
+    mine = items[bounds[rank()] : bounds[rank() + 1]]
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, work(mine) if mine else [])
+    return [result for part in parts for result in part]
+
+
+def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """`tensor`, reduced over all ranks in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def on_first_rank(work):
+    """`work()` on rank 0 alone, while the others wait -> its result on every rank, or its error on every rank."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except (BadInput, RunStopped, OSError) as caught:
+            error = caught
+    if world_size() > 1:
+        outcome = [result, error]
+        dist.broadcast_object_list(outcome)
+        result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+_signals: list[float] = []  # when they came
+
+
+def catch_signals() -> None:
+    """From now SIGTERM and Ctrl-C ask the run to stop at the next safe place; a second one ends it at once."""
+
+    def note(number, _frame):
+        if _signals and time.monotonic() - _signals[0] > 2:  # torchrun passes on what the terminal has sent already
+            os._exit(128 + number)
+        _signals.append(time.monotonic())
+        say(f"{signal.Signals(number).name}: stopping at the next safe place (again to stop at once)", file=sys.stderr)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+
+
+def stop_requested() -> bool:
+    """Whether any rank was asked to stop; all ranks call it together and agree."""
+    return bool(all_reduce(torch.tensor(len(_signals))))
+
+
+# --- the run folder -----------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, str]:
+    """What made a run: the command, the commit of this code, and the versions it ran with."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"command": " ".join(sys.argv), "commit": commit or "unknown", **packages}
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """Nested blocks as one dict with dotted keys."""
+    items: dict = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty folder, whatever an earlier attempt left there. All ranks call it."""
+
+    def make():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    on_first_rank(make)
+
+
+def append_line(file: Path, row: dict) -> None:
+    """Append one JSON line, on rank 0."""
+    if rank() == 0:
+        with file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+def open_run_folder(config: dict) -> Path:
+    """Make or reopen `run_dir` and write config.yaml there. All ranks call it.
+
+    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), is no run folder, cannot be
+    written, or holds a run whose config differs in a key that matters.
+    """
+    return on_first_rank(lambda: _open_run_folder(config))
+
+
+def _open_run_folder(config: dict) -> Path:
+    run, file = Path(config["run_dir"]), Path(config["run_dir"]) / "config.yaml"
+    try:
+        in_use = run.is_dir() and any(run.iterdir())
+        if in_use and not (config["resume"] or config["overwrite"]):
+            raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
+        if in_use and not file.exists():
+            raise BadInput(f"run_dir {run} is not a run folder (no config.yaml): choose another run_dir=...")
+        if in_use and config["resume"]:
+            before, now = flat(yaml.safe_load(file.read_text())), flat(config)
+            changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
+            if changed:
+                diff = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+                raise BadInput(f"run_dir {run} was made with another config ({diff}): undo that, or start another run")
+        elif in_use:
+            shutil.rmtree(run)
+        for folder in ("samples", "checkpoints"):
+            (run / folder).mkdir(parents=True, exist_ok=True)
+        header = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
+        _write_atomically(file, header + yaml.safe_dump(config, sort_keys=False))
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"run_dir {run} cannot be used: {error}") from error
+    return run
+
+
+def keep_metrics_through(run: Path, step: int) -> list[dict]:
+    """Drop what metrics.jsonl says of later steps than `step`, and a last line cut short -> the rows kept."""
+    return on_first_rank(lambda: _keep_metrics_through(run / "metrics.jsonl", step))
+
+
+def _keep_metrics_through(file: Path, step: int) -> list[dict]:
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    rows = [row for row in rows if row["step"] <= step]
+    _write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def training_tensors(policy, optimizer) -> dict[str, torch.Tensor]:
+    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and loading.
+
+    `named_parameters` lists a tied weight once. Before the first optimizer step the moments are made here, as zeros.
+    """
+    tensors = {}
+    for name, parameter in policy.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors |= {f"optimizer.{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(run: Path, step: int, policy, optimizer, state: dict, keep: int) -> None:
+    """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each writes its own shard.
+
+    `state` is JSON: all that training needs besides tensors. Raises RunStopped if it cannot be written (a full disk,
+    say); what was saved before is untouched then.
+    """
+    final = run / "checkpoints" / f"step_{step:06d}"
+    if final.exists():  # complete, as its name says
+        return
+    temporary = final.with_suffix(".tmp")
+    try:
+        fresh_folder(temporary)
+        tensors = training_tensors(policy, optimizer)
+        adam_steps = int(next(iter(optimizer.state.values()))["step"])
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        state = {"step": step, "adam_steps": adam_steps, **state, **provenance()}
+        on_first_rank(lambda: _publish(temporary, final, state, keep))
+    except (OSError, dcp.CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]
+        on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise RunStopped(
+            f"the checkpoint of step {step} could not be written to {final.parent} ({reason}); older checkpoints are "
+            "untouched: make room, then resume=true"
+        ) from error
+
+
+def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    files = sorted(temporary.iterdir())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (*files, temporary / "manifest.json", temporary):
+        _flush(path)
+    os.replace(temporary, final)
+    _flush(final.parent)
+    for old in sorted(final.parent.glob("step_*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, expected in manifest.items():
+            file = checkpoint / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} has another sha256 than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that holds; damaged newer ones are named and set aside. All ranks call it."""
+    return on_first_rank(lambda: _newest_checkpoint(run / "checkpoints"))
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover)
+    for checkpoint in sorted(folder.glob("step_*[0-9]"), reverse=True):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        say(f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before")
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    return None
+
+
+def load_checkpoint(checkpoint: Path, policy, optimizer) -> dict:
+    """Fill policy and optimizer in place, on any number of ranks -> the `state` that was saved beside them."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    dcp.load(training_tensors(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+    for moments in optimizer.state.values():
+        moments["step"].fill_(state["adam_steps"])
+    return state
