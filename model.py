@@ -11,6 +11,7 @@ backward; for sampling the whole model is gathered once per rollout (`gathered`)
 
 import hashlib
 import shutil
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,9 @@ def shard(model, config: ModelConfig, device: torch.device, offload: bool = Fals
     memory (the reference's option). Raises BadInput if shard x replicate is not the number of ranks.
     """
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # the name is deprecated in the newest transformers, its successor not in older
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.recomputes = True
     split = config.shard or world_size() // config.replicate
     if split * config.replicate != world_size():
@@ -290,10 +293,10 @@ def _score_tokens(head, hidden, targets, temperature):
 
 
 def _token_log_probs(self, tokens, attention_mask, response_length, temperature):
-    if self.recomputes:
-        self.train(torch.is_grad_enabled())  # transformers checkpoints in training mode alone; dropout is 0 in both
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    self.train(self.recomputes and torch.is_grad_enabled())  # transformers recomputes in training mode alone
     states = self.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+    self.eval()  # dropout is 0 in both modes, but generate would go without a cache in the other one
     hidden = states[:, -response_length - 1 : -1].flatten(0, 1)  # the state before each response token
     targets = tokens[:, -response_length:].flatten()
     head = self.get_output_embeddings()
