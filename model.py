@@ -30,7 +30,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from data import Draw, random_for, require_at_least
@@ -100,12 +107,17 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
 
     `empty`: read config.json and the tokenizer alone and make the model on the meta device, shapes without memory.
     """
+    if not Path(path).is_dir() and (Path(path).is_absolute() or len(Path(path).parts) > 2 or Path(path).exists()):
+        raise BadInput(f"{str(path)!r} is neither a folder with a model nor a Hub id (NAME or ORGANISATION/NAME)")
     options = {"dtype": torch.float32, "attn_implementation": attention}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        hf_config = AutoConfig.from_pretrained(path)
+        # AutoTokenizer would replace a generic tokenizer by the usual one of the model's type (Qwen2's, say).
+        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
         if empty:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+                model = AutoModelForCausalLM.from_config(hf_config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:

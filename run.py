@@ -90,6 +90,18 @@ def all_keys(cls, prefix: str = "") -> list[str]:
     return keys
 
 
+def nearest_key(key: str, known: list[str]) -> str:
+    """The known key that was most likely meant: by its last name, its initials (lr), its block and its spelling."""
+
+    def likeness(candidate: str) -> float:
+        (*block, name), (*other_block, other) = key.split("."), candidate.split(".")
+        initials = "".join(word[0] for word in other.split("_"))
+        spelling = difflib.SequenceMatcher(None, name, other).ratio()
+        return max(spelling, 0.9 * (name == initials)) + 0.2 * (block == other_block)
+
+    return max([*known, *{k.split(".")[0] for k in known}], key=likeness)
+
+
 def typed(value, kind, key):
     """`value` as `kind`, or BadInput. YAML reads 1e-4 as text, so numbers may come as text where a float is due."""
     if get_origin(kind) is tuple:
@@ -116,9 +128,7 @@ def build_config(cls, values, known: list[str], prefix: str = ""):
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in kinds:
-            same_name = [k for k in known if k.split(".")[-1] == str(name).split(".")[-1]]
-            near = (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
-            raise BadInput(f"config: unknown key {key!r}; the nearest is {near!r}")
+            raise BadInput(f"config: unknown key {key!r}; the nearest is {nearest_key(key, known)!r}")
         nested = dataclasses.is_dataclass(kinds[name])
         built[name] = build_config(kinds[name], value, known, key + ".") if nested else typed(value, kinds[name], key)
     try:
