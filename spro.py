@@ -66,7 +66,8 @@ def outcome_advantage(rewards: torch.Tensor, group_size: int, eps: float = 1e-6)
     """
     grouped = _by_group(_at_least_fp32(rewards), group_size)
     centred = grouped - grouped.mean(1, keepdim=True)
-    scaled = centred / (grouped.std(1, keepdim=True) + eps)
+    std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
+    scaled = centred / (std + eps)
     all_equal = (grouped == grouped[:, :1]).all(1, keepdim=True)
     return torch.where(all_equal, 0.0, scaled).flatten()
 

@@ -1,0 +1,458 @@
+"""The algorithm core against slow loops written from the equations, in float64, and by exact enumeration."""
+
+import ast
+import doctest
+import inspect
+import itertools
+import math
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import spro
+
+G, BETA, LOW, HIGH, MAX_TOKENS = 4, 0.3, 0.2, 0.3, 32
+ESTIMATORS = sorted(spro.ADVANTAGES)
+BAD = [math.nan, math.inf, -math.inf, 1e9]
+
+
+def make_batch(seed=0, B=12, T=9):
+    """Random ragged responses; the last two columns are padding for all, so at some steps nobody is alive."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T - 2, (B,), generator=g)
+    lengths[:2] = torch.tensor([1, T - 2])  # a response of one token, and one that outlives its siblings
+    mask = torch.arange(T) < lengths[:, None]
+    rewards, (pi, ref, adv) = torch.rand(B, generator=g).double(), torch.randn(3, B, T, generator=g).double()
+    old = pi + 0.3 * torch.randn(B, T, generator=g).double()  # some ratios in the clip range, some outside
+    line_breaks = torch.rand(B, T, generator=g) < 0.4
+    ids = line_breaks.cumsum(1) - line_breaks[:, :1].long()  # lines are runs of tokens, numbered from 0
+    w = spro.token_weights(mask, B, int(mask.sum()), "seq-mean-token-mean")
+    return SimpleNamespace(rewards=rewards, pi=pi, ref=ref, old=old, adv=adv, mask=mask, ids=ids, w=w)
+
+
+def change(batch, f):
+    """The batch with f applied to copies of its float tensors."""
+    items = vars(batch).items()
+    return SimpleNamespace(**{k: f(x.clone()) if x.is_floating_point() else x for k, x in items})
+
+
+def estimate(name, b, group_size=G, beta=BETA, ids=None):
+    return spro.ADVANTAGES[name](b.rewards, b.pi, b.ref, b.mask, group_size, beta, ids)
+
+
+def policy_loss(b):
+    loss, stats = spro.policy_loss(b.pi, b.old, b.adv, b.w, LOW, HIGH)
+    return torch.stack([loss, *stats.values()])
+
+
+def outcome_per_token(b):
+    return torch.where(b.mask, spro.outcome_advantage(b.rewards, G)[:, None], 0.0)
+
+
+# Every public function as batch -> tensor, for the properties that all of them have.
+CALLS = {
+    "outcome_advantage": lambda b: spro.outcome_advantage(b.rewards, G),
+    "process_reward": lambda b: torch.where(b.mask, spro.process_reward(b.pi, b.ref, BETA), 0.0),
+    "cumulative_process_reward": lambda b: spro.cumulative_process_reward(b.pi, b.mask),
+    "masked_step_advantage": lambda b: spro.masked_step_advantage(b.pi, b.mask, G),
+    "token_weights": lambda b: spro.token_weights(b.mask, 12, int(b.mask.sum()), "seq-mean-token-mean"),
+    "keep_groups": lambda b: spro.keep_groups(b.rewards, G, 0.4, 0.6).double(),
+    "policy_loss": policy_loss,
+    **{spro.ADVANTAGES[n].__name__: lambda b, n=n: estimate(n, b) for n in ESTIMATORS},
+    **{f"{n} by line": lambda b, n=n: estimate(n, b, ids=b.ids) for n in ESTIMATORS},
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+by_token_and_by_line = pytest.mark.parametrize("by_line", [False, True], ids=["token", "line"])
+
+
+def assert_equal(actual, expected, tol=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tol)
+
+
+# The slow references work on python lists of the live tokens alone, so there is no mask to get wrong.
+def ragged(x, mask):
+    return [row[live].tolist() for row, live in zip(x, mask, strict=True)]
+
+
+def padded(rows, T=9):
+    return torch.tensor([row + [0.0] * (T - len(row)) for row in rows], dtype=torch.float64)
+
+
+def slow_outcome(rewards, group_size=G, eps=1e-6):
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    return [(r - statistics.fmean(x)) / (statistics.stdev(x) + eps) for x in groups for r in x]
+
+
+def slow_cpr(rows):
+    return [[math.fsum(row[: t + 1]) for t in range(len(row))] for row in rows]
+
+
+def slow_msa(cpr):
+    def mean_of_living(i, t):
+        return statistics.fmean(s[t] for s in cpr[i - i % G : i - i % G + G] if t < len(s))
+
+    return [[x - mean_of_living(i, t) for t, x in enumerate(row)] for i, row in enumerate(cpr)]
+
+
+def slow_spro(b, beta, by_line):
+    log_ratios = ragged(b.pi - b.ref, b.mask)
+    steps = ragged(b.ids, b.mask) if by_line else [range(len(row)) for row in log_ratios]
+    rewards = [[0.0] * (ids[-1] + 1) for ids in steps]
+    for i, ids in enumerate(steps):
+        for t, step in enumerate(ids):
+            rewards[i][step] += beta * log_ratios[i][t]
+    msa, outcome = slow_msa(slow_cpr(rewards)), slow_outcome(b.rewards.tolist())
+    return padded([[outcome[i] + msa[i][step] for step in ids] for i, ids in enumerate(steps)])
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4, 6])
+def test_outcome_is_centred_and_divided_by_unbiased_std_plus_eps(group_size):
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(1)).double()
+    for eps in ({}, {"eps": 0.1}):
+        expected = torch.tensor(slow_outcome(rewards.tolist(), group_size, **eps), dtype=torch.float64)
+        assert_equal(spro.outcome_advantage(rewards, group_size, **eps), expected)
+    verdicts = torch.tensor([0, 1, 1] * 4)  # integers will do
+    expected = pytest.approx(slow_outcome(verdicts.tolist(), group_size), abs=1e-6)
+    assert spro.outcome_advantage(verdicts, group_size).tolist() == expected
+
+
+def test_equal_rewards_give_exactly_zero_outcome():
+    # In fp32 seven rewards of 0.7 miss their own mean, and the tiny std would blow that up to 0.06.
+    assert spro.outcome_advantage(torch.full((7,), 0.7), 7).tolist() == [0.0] * 7
+    for value, n in itertools.product((0.1, 1 / 3, -0.9), range(2, 18)):
+        for rewards in (torch.full((2 * n,), value), torch.full((2 * n,), value).double()):
+            assert not spro.outcome_advantage(rewards, n).any()
+    mixed = spro.outcome_advantage(torch.tensor([0.7, 0.7, 0.7, 0.0, 1.0, 1.0]), 3).tolist()
+    assert mixed == pytest.approx([0, 0, 0, *slow_outcome([0.0, 1.0, 1.0], 3)], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@by_token_and_by_line
+def test_advantage_matches_a_loop_over_equations_11_to_13(seed, by_line):
+    b = make_batch(seed)
+    assert len({row[-1] for row in ragged(b.ids, b.mask)[:G]}) > 1  # siblings differ in their number of lines
+    assert_equal(estimate("spro", b, ids=b.ids if by_line else None), slow_spro(b, BETA, by_line))
+    cpr = slow_cpr(ragged(b.pi, b.mask))
+    assert_equal(spro.cumulative_process_reward(b.pi, b.mask), padded(cpr))
+    assert_equal(spro.masked_step_advantage(padded(cpr), b.mask, G), padded(slow_msa(cpr)))
+    b.mask = torch.arange(9).expand(12, 9) < 1  # every response is one token long
+    assert_equal(estimate("spro", b, ids=b.ids if by_line else None), slow_spro(b, BETA, by_line))
+
+
+def test_two_siblings_by_hand():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    cpr = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.1, -7.0]], dtype=torch.float64)
+    expected = torch.tensor([[-0.05, 0.1, 0.0], [0.05, -0.1, 0.0]], dtype=torch.float64)
+    assert_equal(spro.masked_step_advantage(cpr, mask, 2), expected)
+    # The same from Eq. 13: log-ratios are the CPR's increments over beta; equal rewards leave the step term.
+    log_ratio = torch.tensor([[0.2, 0.4, 0.6], [0.4, -0.2, 9.0]], dtype=torch.float64)
+    ref = torch.full((2, 3), -1.5, dtype=torch.float64)
+    assert_equal(spro.spro_advantage(torch.ones(2), ref + log_ratio, ref, mask, 2, 0.5), expected)
+
+
+def test_step_advantages_sum_to_zero_over_living_siblings_and_a_lone_survivor_has_exactly_zero():
+    b = make_batch()
+    msa, alive = spro.masked_step_advantage(b.pi, b.mask, G), b.mask.unflatten(0, (-1, G)).sum(1)
+    assert_equal(msa.unflatten(0, (-1, G)).sum(1), torch.zeros(3, 9).double())
+    alone = b.mask & (alive == 1).repeat_interleave(G, 0)
+    assert alone.any() and not msa[alone].any() and msa[b.mask & ~alone].all()
+    assert torch.equal(estimate("spro", b)[alone], outcome_per_token(b)[alone])
+
+
+def test_step_term_is_linear_in_beta_and_free_of_the_prompts_value():
+    b = make_batch()
+    unit = estimate("spro", b, beta=1.0) - outcome_per_token(b)
+    for beta in (-2.0, 0.05, 3.0):
+        assert_equal(estimate("spro", b, beta=beta), outcome_per_token(b) + beta * unit)
+    v0 = torch.tensor([5.0, -3.0, 11.0]).repeat_interleave(G)[:, None]  # V(s_0) of each group's prompt
+    assert_equal(*(spro.masked_step_advantage(cpr, b.mask, G) for cpr in (b.pi + v0, b.pi)))
+
+
+def test_a_shared_prefix_has_equal_cpr_and_no_step_advantage():
+    b, shared = make_batch(), torch.arange(9) < 3
+    mask = b.mask | shared
+    cpr = spro.cumulative_process_reward(torch.where(shared, b.pi[:1], b.pi), mask)
+    assert torch.equal(cpr[:, :3], cpr[:1, :3].expand(12, 3)) and not torch.equal(cpr[0], cpr[1])
+    assert_equal(spro.masked_step_advantage(cpr, mask, G)[:, :3], torch.zeros(12, 3).double())
+
+
+@every_estimator
+@by_token_and_by_line
+def test_advantages_permute_with_siblings(name, by_line):
+    b, order = make_batch(), torch.tensor([2, 0, 3, 1, 4, 5, 7, 6, 11, 10, 9, 8])
+    shuffled = SimpleNamespace(**{k: x[order] for k, x in vars(b).items()})
+    actual, expected = (estimate(name, x, ids=x.ids if by_line else None) for x in (shuffled, b))
+    assert_equal(actual, expected[order])
+
+
+@by_token_and_by_line
+def test_beta_zero_is_grpo_and_so_is_a_policy_equal_to_the_reference(by_line):
+    b = make_batch()
+    ids, grpo = b.ids if by_line else None, outcome_per_token(b)
+    assert torch.equal(estimate("grpo", b, ids=ids), grpo)
+    b.pi[1, :4], b.ref[1, 1:5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0]), -math.inf  # live tokens
+    assert b.mask[1, :5].all() and torch.equal(estimate("spro", b, beta=0.0, ids=ids), grpo)
+    assert not spro.process_reward(b.pi, b.ref, 0.0).any()
+    b = make_batch()
+    b.ref = b.pi.clone()
+    assert torch.equal(estimate("spro", b, ids=ids), grpo)
+
+
+def test_a_group_of_equal_rewards_has_no_outcome_but_a_step_term():
+    b = make_batch()
+    msa = estimate("spro", b) - outcome_per_token(b)
+    b.rewards[:] = 0.7
+    assert not estimate("grpo", b).any() and msa.abs().max() > 0.1
+    assert_equal(estimate("spro", b), msa)
+
+
+def test_groups_are_kept_by_mean_reward_with_both_bounds_inside():
+    rewards = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1], [1, math.nan, 1]]).flatten()
+    bounds = {(0, 1): [1, 1, 1, 1, 0], (0.01, 0.99): [0, 1, 1, 0, 0], (1 / 3, 1 / 3): [0, 1, 0, 0, 0]}
+    for (low, high), kept in bounds.items():
+        assert spro.keep_groups(rewards, 3, low, high).tolist() == [bool(k) for k in kept]
+
+
+@every_estimator
+def test_one_step_per_token_is_the_default(name):
+    b = make_batch()
+    assert torch.equal(estimate(name, b, ids=torch.arange(9).expand(12, 9)), estimate(name, b))
+
+
+def test_wrong_group_sizes_weight_modes_and_configs_raise():
+    b, calls = make_batch(), []
+    for size in (0, 1, 5):
+        calls += [("group", lambda n=n, size=size: estimate(n, b, size)) for n in ESTIMATORS]
+        calls += [("group", lambda size=size: spro.outcome_advantage(b.rewards, size))]
+        calls += [("group", lambda size=size: spro.keep_groups(b.rewards, size, 0, 1))]
+        calls += [("group", lambda size=size: spro.masked_step_advantage(b.pi, b.mask, size))]
+    for mode, message in (("mean", "token-mean"), ("seq-mean-token-sum-norm", "max_tokens")):
+        calls += [(message, lambda mode=mode: spro.token_weights(b.mask, 12, 50, mode))]
+    wrong = {"advantage": ["?"], "loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0]}
+    wrong["keep_accuracy"] = [(-0.1, 1), (0, 1.1), (0.6, 0.4)]
+    for key, value in ((key, value) for key, values in wrong.items() for value in values):
+        calls += [(key, lambda key=key, value=value: spro.AlgorithmConfig(**{key: value}))]
+    for message, call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@every_call
+@pytest.mark.parametrize("value", BAD)
+def test_padding_changes_nothing_whatever_it_holds_and_however_long(name, value):
+    b = make_batch()
+    dirty = change(b, lambda x: x.masked_fill(~b.mask, value) if x.ndim == 2 else x)
+    dirty.w, dirty.ids = b.w, b.ids.masked_fill(~b.mask, 10**9)  # weight 0 is what tells the loss of padding
+    clean = CALLS[name](b)
+    assert clean.isfinite().all() and torch.equal(CALLS[name](dirty), clean)
+    wide = {k: torch.cat([x, x[:, -2:]], 1) if x.ndim == 2 else x for k, x in vars(dirty).items()}
+    wide = CALLS[name](SimpleNamespace(**wide))
+    if wide.ndim == 2:
+        assert not wide[:, 9:].any() and not clean[~b.mask].any()
+    assert_equal(wide[:, :9] if wide.ndim == 2 else wide, clean)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_gradient_flows_through_live_log_probs_only(value):
+    b, grads = make_batch(), []
+    for fill in (0.0, value):
+        x = change(b, lambda x, fill=fill: x.masked_fill(~b.mask, fill) if x.ndim == 2 else x)
+        x = change(x, lambda x: x.requires_grad_())
+        loss, stats = spro.policy_loss(x.pi, x.old, x.adv, b.w, LOW, HIGH)
+        loss.backward()
+        assert x.old.grad is None and x.adv.grad is None and not any(s.requires_grad for s in stats.values())
+        grads.append(x.pi.grad)
+    assert torch.equal(*grads) and grads[1][b.mask].any() and not grads[1][~b.mask].any()
+
+
+def test_masked_entries_inside_a_response_are_skipped():
+    rewards, mask = torch.tensor([[1.0, math.nan, 2.0]]), torch.tensor([[True, False, True]])
+    assert spro.cumulative_process_reward(rewards, mask).tolist() == [[1.0, 0.0, 3.0]]
+
+
+@every_call
+def test_inputs_are_never_mutated(name):
+    b = make_batch()
+    before = {k: (x.clone(), x._version) for k, x in vars(b).items()}  # the version counts in-place writes
+    CALLS[name](b)
+    assert all(torch.equal(x, before[k][0]) and x._version == before[k][1] for k, x in vars(b).items())
+
+
+@every_call
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_raised_and_float64_stays(name, half):
+    low = change(make_batch(), lambda x: x.to(half))
+    out, exact = CALLS[name](low), CALLS[name](change(low, torch.Tensor.double))
+    assert exact.dtype == torch.float64
+    assert out.dtype == (torch.float64 if name in ("token_weights", "keep_groups") else torch.float32)
+    assert_equal(out.double(), exact, 1e-5)  # sums in half precision would be off by 1e-3
+
+
+@every_estimator
+def test_advantages_are_detached(name):
+    b = change(make_batch(), lambda x: x.requires_grad_())
+    assert not any(estimate(name, b, ids=ids).requires_grad for ids in (None, b.ids))
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("stop", [False, True], ids=["fixed length", "variable length"])
+def test_expected_gradient_of_the_step_term_pushes_away_from_the_reference(group_size, stop):
+    """On-policy, unclipped and summed over tokens, the exact expected gradient of the step term is
+
+        beta * sum_t E[(n_t - 1) / n_t | alive at t] * E_{s_t}[grad KL(pi(.|s_t) || ref(.|s_t))]
+
+    with the distribution of states held fixed and n_t siblings alive (G of them where nothing stops early):
+    past log-ratios are a baseline and cancel, and the mean that is subtracted contains the response itself.
+    """
+    # Vocabulary 3, at most 3 tokens; 15 responses if token 0 stops, else 27. One row of logits per prefix.
+    sequences = itertools.product(range(3), repeat=3)
+    responses = sorted({r[: r.index(0) + 1] if stop and 0 in r else r for r in sequences})
+    states = sorted({r[:t] for r in responses for t in range(len(r))})
+    number = {s: i for i, s in enumerate(states)}
+    mask = torch.tensor([[t < len(r) for t in range(3)] for r in responses])
+    state = torch.tensor([[number.get(r[:t], 0) for t in range(3)] for r in responses])
+    action = torch.tensor([[*r, 0, 0][:3] for r in responses])
+    g = torch.Generator().manual_seed(group_size)
+    theta, ref_theta = torch.randn(2, len(states), 3, generator=g).double()
+    theta, rewards = theta.requires_grad_(), torch.rand(len(responses), generator=g).double()
+
+    # All ordered groups of G responses, each weighted by its probability: siblings are independent draws.
+    groups = torch.cartesian_prod(*[torch.arange(len(responses))] * group_size)
+    rows = groups.flatten()
+
+    def expected_gradient(advantage, ref_theta):
+        pi, ref = (x.log_softmax(1)[state, action] for x in (theta, ref_theta))
+        prob = torch.where(mask, pi.detach(), 0.0).sum(1).exp()
+        weights = (prob[groups].prod(1) / group_size).repeat_interleave(group_size)[:, None] * mask[rows]
+        advantages = advantage(rewards[rows], pi[rows], ref[rows], mask[rows], group_size, BETA)
+        loss, _ = spro.policy_loss(pi[rows], pi[rows], advantages, weights, LOW, HIGH)
+        return torch.autograd.grad(-loss, theta)[0]
+
+    grpo = expected_gradient(spro.grpo_advantage, ref_theta)
+    pi, objective = theta.detach().softmax(1), 0.0
+    for t in range(3):
+        reach = {s: math.prod(pi[number[s[:j]], s[j]] for j in range(t)) for s in states if len(s) == t}
+        p, others = float(sum(reach.values())), group_size - 1
+        # The chance that k of the other siblings are alive, where n_t = k + 1.
+        chance = [math.comb(others, k) * p**k * (1 - p) ** (others - k) for k in range(group_size)]
+        factor = sum(c * k / (k + 1) for k, c in enumerate(chance))
+        assert stop or factor == pytest.approx((group_size - 1) / group_size)
+        for s, prob in reach.items():
+            log_pi, log_ref = theta[number[s]].log_softmax(0), ref_theta[number[s]].log_softmax(0)
+            objective += BETA * factor * prob * (log_pi.exp() * (log_pi - log_ref)).sum()
+    (expected,) = torch.autograd.grad(objective, theta)
+    assert expected.abs().max() > 1e-3
+    assert_equal(expected_gradient(spro.spro_advantage, ref_theta) - grpo, expected, 1e-10)
+    assert torch.equal(expected_gradient(spro.spro_advantage, theta.detach()), grpo)  # pi = ref: no step term
+
+
+@pytest.mark.parametrize("mode", spro.WEIGHT_MODES)
+def test_token_weights_match_their_averages_however_the_step_is_split(mode):
+    b = make_batch()
+    rows = ragged(b.pi, b.mask)
+    N, tokens = len(rows), sum(map(len, rows))
+    expected = {
+        "seq-mean-token-mean": [[1 / len(row) / N for _ in row] for row in rows],
+        "token-mean": [[1 / tokens for _ in row] for row in rows],
+        "seq-mean-token-sum-norm": [[1 / (N * MAX_TOKENS) for _ in row] for row in rows],
+    }[mode]
+    for size in (1, 2, 5, N):  # each micro-batch is cut to its own longest response: T must not matter
+        masks = [mask[:, : mask.sum(1).max()] for mask in b.mask.split(size)]
+        weights = [spro.token_weights(mask, N, tokens, mode, MAX_TOKENS) for mask in masks]
+        assert_equal(torch.cat([padded(w.tolist()) for w in weights]), padded(expected))
+        total = sum(w.sum().item() for w in weights)
+        assert total == pytest.approx(tokens / (N * MAX_TOKENS) if "norm" in mode else 1, abs=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -3.0, 0.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0])
+def test_clipping_matches_the_scalar_formula(advantage, ratio):
+    new = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    old, one = new.detach() - math.log(ratio), torch.ones_like(new).detach()
+    loss, stats = spro.policy_loss(new, old, advantage * one, 0.25 * one, LOW, HIGH)
+    # The clip binds where it lowers the surrogate: above for a good token, below for a bad one.
+    binds, bound = (ratio > 1.3, 1.3) if advantage > 0 else (advantage < 0 and ratio < 0.8, 0.8)
+    assert loss.item() == pytest.approx(-0.25 * advantage * (bound if binds else ratio), abs=1e-12)
+    slope = 0 if binds else pytest.approx(-0.25 * advantage * ratio, abs=1e-12)
+    assert torch.autograd.grad(loss, new)[0].item() == slope
+    got = [stats[k].item() for k in ("clip_fraction", "kl/old", "ratio/max")]
+    assert got == pytest.approx([0.25 * binds, -0.25 * math.log(ratio), ratio], abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_loss_and_stats_match_a_loop_and_add_over_micro_batches(size):
+    b = make_batch()
+    loss = kl = clipped = highest = 0.0
+    columns = (x[b.mask].tolist() for x in (b.pi, b.old, b.adv, b.w))
+    for new, old, advantage, weight in zip(*columns, strict=True):
+        ratio = math.exp(new - old)
+        surrogate = min(ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage)
+        loss, kl, highest = loss - weight * surrogate, kl + weight * (old - new), max(highest, ratio)
+        clipped += weight * (surrogate != ratio * advantage)
+    assert 0.1 < clipped < 0.9
+    rows = torch.arange(12).split(size)
+    parts = [spro.policy_loss(*(x[i] for x in (b.pi, b.old, b.adv, b.w)), LOW, HIGH) for i in rows]
+    sums = sum(torch.stack([part, stats["kl/old"], stats["clip_fraction"]]) for part, stats in parts)
+    assert sums.tolist() == pytest.approx([loss, kl, clipped], abs=1e-12)
+    assert max(s["ratio/max"].item() for _, s in parts) == pytest.approx(highest, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", spro.WEIGHT_MODES)
+def test_micro_batch_split_and_row_order_do_not_change_the_gradient(mode):
+    b, g = make_batch(), torch.Generator().manual_seed(2)
+    tokens, params = torch.randint(7, (12, 10), generator=g), torch.randn(2, 7, 7, generator=g).double()
+    params.requires_grad_()
+
+    def token_log_probs(tokens):  # a bigram model with one hidden layer
+        logits = torch.tanh(params[0][tokens[:, :-1]]) @ params[1]
+        return logits.log_softmax(2).gather(2, tokens[:, 1:, None]).squeeze(2)
+
+    old = token_log_probs(tokens).detach() + b.old - b.pi  # off-policy, so that some tokens are clipped
+    advantages = spro.spro_advantage(b.rewards, old, b.ref, b.mask, G, BETA)
+
+    def gradient(size, order):
+        params.grad = None
+        for rows in order.split(size):
+            T = b.mask[rows].sum(1).max()  # a micro-batch is cut to its own longest response
+            weights = spro.token_weights(b.mask[rows, :T], 12, int(b.mask.sum()), mode, MAX_TOKENS)
+            new = token_log_probs(tokens[rows, : T + 1])
+            spro.policy_loss(new, old[rows, :T], advantages[rows, :T], weights, LOW, HIGH)[0].backward()
+        return params.grad
+
+    whole = gradient(12, torch.arange(12))
+    assert whole.abs().max() > 1e-3
+    for size, order in itertools.product((1, 2, 5, 12), (torch.arange(12), torch.randperm(12, generator=g))):
+        assert_equal(gradient(size, order), whole, 1e-10)
+
+
+def test_the_core_imports_torch_alone_and_every_public_function_is_in_calls():
+    nodes = list(ast.walk(ast.parse(Path(spro.__file__).read_text())))
+    imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert "torch" in imported and imported <= {"torch", "dataclasses", "typing"}
+    assert {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.name[0] != "_"} <= set(CALLS)
+
+
+@every_estimator
+def test_estimators_share_one_signature_and_the_outcome_only_ones_ignore_the_reference(name):
+    names_and_defaults = inspect.getfullargspec(spro.ADVANTAGES[name])[:4]
+    assert names_and_defaults == inspect.getfullargspec(spro.spro_advantage)[:4]
+    b, no_reference = make_batch(), make_batch()
+    no_reference.ref[:] = math.nan
+    ignores = torch.equal(estimate(name, no_reference), estimate(name, b))
+    assert ignores == (name in spro.OUTCOME_ONLY)
+
+
+def test_names_a_config_can_choose_exist():
+    assert {"spro", "grpo"} <= set(ESTIMATORS) and {"grpo"} <= spro.OUTCOME_ONLY <= set(ESTIMATORS)
+    config = spro.AlgorithmConfig()
+    assert config.advantage in ESTIMATORS and config.loss_weights in spro.WEIGHT_MODES
+
+
+def test_docstring_examples_hold():
+    result = doctest.testmod(spro)
+    assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,250 @@
+"""The loop end to end: the real script on a tiny config, against its golden curve and against written-out sums."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import model
+import train
+from data import Draw, chain_tokenizer, random_for
+from sample import Rollout
+from spro import ADVANTAGES
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "tiny.jsonl"
+MEASURED = ("time/", "memory/", "tokens_per_second")  # all other metrics are deterministic
+
+
+def launch(*arguments, timeout=300):
+    """train.py as a user starts it, on one thread, so that a golden curve can be bitwise."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = launch(ROOT / "configs" / "tiny.yaml", f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_one_row_per_step_its_samples_and_its_models(tiny_run):
+    folder, _ = tiny_run
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(11))
+    assert all(key.startswith("eval/") for key in rows[0] if key != "step")
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 5, 10]
+    assert [f.stem for f in sorted((folder / "samples").iterdir())] == ["step_000001", "step_000005", "step_000010"]
+    assert all((folder / name / "model.safetensors").exists() for name in ("model", "warm_start/model"))
+    assert len((folder / "warm_start" / "metrics.jsonl").read_text().splitlines()) == 120
+
+
+def test_the_same_command_gives_the_same_metrics(tiny_run, tmp_path):
+    again = launch(ROOT / "configs" / "tiny.yaml", f"run_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    assert metrics(tmp_path / "again") == metrics(tiny_run[0])
+
+
+def test_ten_steps_follow_the_golden_curve(tiny_run):
+    maker, *golden = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1}
+    rows = metrics(tiny_run[0])
+    if maker == here:
+        assert rows == golden
+        return
+    assert rows[1].keys() == golden[1].keys()
+    for key, value in golden[1].items():  # sampled with another kernel, a run may part from the curve after a step
+        assert rows[1][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    pytest.skip(f"only step 1 compared: the golden curve was made with {maker}, this is {here}")
+
+
+def test_every_trainable_parameter_moves(tiny_run):
+    before = AutoModelForCausalLM.from_pretrained(tiny_run[0] / "warm_start" / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tiny_run[0] / "model").state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_the_saved_model_answers_as_the_trained_one_did(tiny_run):
+    """Greedy answers of a plain `generate` on the saved folder score what the run's last evaluation scored."""
+    folder, _ = tiny_run
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), model.load(folder / "model")[1]
+    config = train.run.read_config(train.Config, [str(folder / "config.yaml")], None)
+    held_out = train.data.load_problems(config.data, config.seed)[1][: config.eval.prompts]
+    right = 0
+    for problem in held_out:
+        ids = torch.tensor([tokenizer(problem.prompt).input_ids])
+        out = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        right += text.endswith("#" + problem.reference)
+    assert right / len(held_out) == metrics(folder)[-1]["eval/accuracy_greedy"]
+
+
+def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
+    rows = [json.loads(line) for line in (tiny_run[0] / "samples" / "step_000005.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in rows] == [group for group in range(4) for _ in range(4)]
+    per_token = ("id", "piece", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
+    for row in rows:
+        assert len({len(row[name]) for name in per_token}) == 1
+        assert set(row) == {*per_token, "prompt", "reference", "text", "reward", "reason", "truncated", "group"}
+        assert (row["piece"][-1] == "<eos>") != row["truncated"]
+        assert "".join(piece for piece in row["piece"] if not piece.startswith("<")) == row["text"]
+
+
+def test_dumped_advantages_are_those_of_the_dumped_log_probs(tiny_run):
+    """Eq. 11-13 in plain Python, from nothing but the dump."""
+    config = train.run.read_config(train.Config, [str(tiny_run[0] / "config.yaml")], None)
+    rows = [json.loads(line) for line in (tiny_run[0] / "samples" / "step_000010.jsonl").read_text().splitlines()]
+    for start in range(0, 16, 4):
+        group = rows[start : start + 4]
+        rewards = [row["reward"] for row in group]
+        mean = sum(rewards) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
+        ratios = [[p - q for p, q in zip(row["log_prob"], row["ref_log_prob"], strict=True)] for row in group]
+        cpr = [[config.algorithm.beta * sum(r[: t + 1]) for t in range(len(r))] for r in ratios]
+        for row, sums in zip(group, cpr, strict=True):
+            outcome = (row["reward"] - mean) / (std + 1e-6) if std else 0.0
+            for t, advantage in enumerate(row["advantage"]):
+                alive = [other[t] for other in cpr if t < len(other)]
+                assert advantage == pytest.approx(outcome + sums[t] - sum(alive) / len(alive), abs=1e-5)
+
+
+def test_grpo_runs_without_a_reference_and_beta_0_gives_its_run_bitwise(tiny_run, tmp_path):
+    start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
+    common = (ROOT / "configs" / "tiny.yaml", start, "train.steps=3", "eval.prompts=8")
+    runs = {"grpo": "algorithm.advantage=grpo", "beta0": "algorithm.beta=0"}
+    for name, override in runs.items():
+        done = launch(*common, override, f"run_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "grpo") == metrics(tmp_path / "beta0")
+    assert not {"kl/ref", "advantage/step_abs"} & metrics(tmp_path / "grpo")[-1].keys()
+    assert not (tmp_path / "grpo" / "warm_start").exists()
+
+
+def hand_made_rollout(lengths, prompt_lengths):
+    """Responses of the given lengths with random ids, built row by row."""
+    random = random_for(0, Draw.SAMPLE)
+    P, T = max(prompt_lengths), max(lengths)
+    tokens = torch.from_numpy(random.integers(4, 40, (len(lengths), P + T)))
+    attended = torch.zeros(len(lengths), P + T, dtype=torch.bool)
+    for i, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        attended[i, P - p : P + n] = True
+    mask = attended[:, P:]
+    nothing = torch.zeros(len(lengths))
+    return Rollout(tokens, attended, mask, torch.zeros(mask.shape), nothing.bool(), ("",) * len(lengths))
+
+
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"])
+def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode):
+    tokenizer = chain_tokenizer()
+    policy = model.build(model.ModelConfig(hidden_size=32, intermediate_size=32), tokenizer, seed=0).double()
+    rollout = hand_made_rollout([5, 1, 9, 3, 9, 2, 7, 4, 6, 8], [3, 6, 2, 5, 4, 3, 6, 2, 5, 4])
+    noise = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=(2, *rollout.mask.shape)))
+    old, advantages = noise[0] - 4, noise[1]
+
+    def gradient(size, rows):
+        config = train.Config(
+            algorithm=train.AlgorithmConfig(loss_weights=mode),
+            train=train.TrainConfig(micro_batch_size=size, mini_batch_size=size, prompts_per_step=size),
+        )
+        policy.zero_grad()
+        for loss, _ in train.policy_losses(policy, config, rollout.at(rows), old[rows], advantages[rows]):
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    whole = gradient(10, torch.arange(10))
+    assert whole.abs().max() > 1e-6
+    for size in (1, 2, 5):
+        for rows in (torch.arange(10), torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])):
+            assert torch.allclose(gradient(size, rows), whole, rtol=0, atol=1e-10)
+
+
+def tiny_policy():
+    return model.build(model.ModelConfig(hidden_size=32, intermediate_size=32), chain_tokenizer(), seed=0)
+
+
+def test_a_non_finite_gradient_changes_nothing_and_several_in_a_row_stop_the_run():
+    policy = tiny_policy()
+    optimizer = train.make_optimizer(policy, train.TrainConfig())
+    before = [p.detach().clone() for p in policy.parameters()]
+    weight = next(policy.parameters())
+    update = train.optimizer_step(policy, optimizer, 1e-3, 1.0, iter([((weight * torch.inf).sum(), {})]))
+    assert update == {} and all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    state = {"refused_in_a_row": 0}
+    for _ in range(train.MAX_REFUSED - 1):
+        train.check_refused(state, {}, step=7)
+    train.check_refused(state, {"loss": 0.0}, step=7)  # a step that went well starts the count anew
+    assert state["refused_in_a_row"] == 0
+    for _ in range(train.MAX_REFUSED - 1):
+        train.check_refused(state, {}, step=8)
+    with pytest.raises(train.RunStopped, match="step 8"):
+        train.check_refused(state, {}, step=8)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_optimizer_is_adamw():
+    policy = tiny_policy()
+    config = train.TrainConfig(adam_betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = train.make_optimizer(policy, config)
+    target = next(policy.parameters())
+    before = target.detach().double().clone()
+    gradient = torch.linspace(-3, 3, target.numel()).view_as(target)
+    stats = train.optimizer_step(policy, optimizer, 1e-3, 0.5, iter([((target * gradient).sum(), {})]))
+    assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    clipped = gradient.double() * 0.5 / (gradient.double().norm() + 1e-6)
+    expected = before * (1 - 1e-3 * 0.01) - 1e-3 * clipped / (
+        clipped.abs() + 1e-8
+    )  # AdamW's first step, bias-corrected
+    assert torch.allclose(target.double(), expected, atol=1e-7)
+
+
+def test_learning_rate_rises_and_then_follows_its_schedule():
+    rates = {
+        kind: [train.learning_rate(step, 10, 2.0, 4, kind) for step in range(1, 11)]
+        for kind in ("constant", "linear", "cosine")
+    }
+    for rate in rates.values():
+        assert rate[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates["constant"][4:] == [2.0] * 6
+    assert rates["linear"][4:] == pytest.approx([2.0 * (6 - i) / 6 for i in range(6)])
+    assert rates["cosine"][4:] == pytest.approx([1 + math.cos(math.pi * i / 6) for i in range(6)])
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(0, []), (3, [3]), (8, [8]), (9, [5, 4]), (24, [8, 8, 8])])
+def test_mini_batches_cover_every_row_once_per_epoch_in_about_equal_parts(n, sizes):
+    config = train.Config(train=train.TrainConfig(mini_batch_size=8, micro_batch_size=8, epochs=2))
+    parts = train.mini_batches(n, config, step=3)
+    assert [len(part) for part in parts] == sizes * 2
+    for epoch in (parts[: len(sizes)], parts[len(sizes) :]):
+        assert sorted(torch.cat([torch.empty(0, dtype=torch.long), *epoch]).tolist()) == list(range(n))
+
+
+def test_a_step_whose_groups_are_all_dropped_changes_no_weight(tiny_run, tmp_path):
+    start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
+    rare = "algorithm.keep_accuracy=[0.6, 0.7]"  # of four 0/1 rewards no mean lies there
+    done = launch(ROOT / "configs" / "tiny.yaml", start, rare, "train.steps=2", f"run_dir={tmp_path / 'none'}")
+    assert done.returncode == 0, done.stderr
+    last = metrics(tmp_path / "none")[-1]
+    assert last["groups/kept"] == 0 and last["updates/taken"] == 0
+    assert not {"loss", "entropy", "kl/ref", "grad_norm"} & last.keys()  # nothing was computed, so nothing is said
+    files = [folder / "model.safetensors" for folder in (tiny_run[0] / "warm_start" / "model", tmp_path / "none/model")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_all_named_estimators_run_on_a_batch_of_no_responses():
+    nothing, mask = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool)
+    for advantage_of in ADVANTAGES.values():
+        assert advantage_of(torch.zeros(0), nothing, nothing, mask, 4, 0.1).shape == (0, 1)
