@@ -185,7 +185,7 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
 
 def summary(config, folder: Path, state: dict, seconds: float) -> str:
     """The end of a run: what it began with, what it reached, and where to look."""
-    first, last = state["before"], state["after"]
+    first, last = state["before"], state["after"] or state["before"]
     lines = [f"\ndone in {seconds:.0f} s: {folder}"]
     for name, key, form in (
         (f"held-out accuracy, T={config.sample.temperature:g}", "eval/accuracy", ".3f"),
@@ -193,7 +193,8 @@ def summary(config, folder: Path, state: dict, seconds: float) -> str:
         ("response length, tokens", "eval/response_length", ".1f"),
     ):
         lines.append(f"  {name:<26} {first[key]:{form}} -> {last[key]:{form}}")
-    lines.append(f"  {'best accuracy, at step':<26} {state['best']['eval/accuracy']:.3f}, {state['best']['step']}")
+    if state["best"]:
+        lines.append(f"  {'best accuracy':<26} {state['best']['eval/accuracy']:.3f} at step {state['best']['step']}")
     return "\n".join([*lines, f"the model is in {folder / 'model'}; look at what it writes: python sample.py {folder}"])
 
 

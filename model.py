@@ -140,7 +140,8 @@ def _prepare(model, tokenizer):
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.shipped_generation_config = shipped
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
-    model.token_log_probs, model.recomputes = MethodType(_token_log_probs, model), False
+    model.token_log_probs = MethodType(_token_log_probs, model)
+    model.compute_device, model.recomputes = torch.device("cpu"), False  # until `shard` decides
     for module in model.modules():  # dropout has no place in a ratio of probabilities
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -197,6 +198,7 @@ def shard(model, config: ModelConfig, device: torch.device, offload: bool = Fals
     Every rank comes with the whole model in host memory and leaves with its share. `offload` keeps that share in host
     memory (the reference's option). Raises BadInput if shard x replicate is not the number of ranks.
     """
+    model.compute_device = device  # where inputs go: the weights may be offloaded
     if config.gradient_checkpointing:
         with warnings.catch_warnings():  # the name is deprecated in the newest transformers, its successor not in older
             warnings.simplefilter("ignore", FutureWarning)
@@ -248,7 +250,7 @@ def memory_plan(
     split = config.shard or max(1, ranks // config.replicate)
     compute = 2 if config.dtype == "bfloat16" and (torch.cuda.is_available() or model.device.type == "meta") else 4
     kv_width = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    layer = 8 * c.hidden_size + 2 * kv_width + 4 * c.intermediate_size  # values kept per token
+    layer = 11 * c.hidden_size + 4 * c.intermediate_size  # values kept per token, as counted for Qwen2 under sdpa
     kept = c.num_hidden_layers * c.hidden_size + layer if config.gradient_checkpointing else c.num_hidden_layers * layer
     logits = min(trained_rows * response_tokens * c.vocab_size, LOGITS_AT_ONCE)
     is_split = ranks > 1 or compute == 2
@@ -354,7 +356,7 @@ def scored_micro_batches(model, rollout, temperature: float, size: int):
     """
     for rows in micro_batches(rollout.mask.sum(1), size)[rank() :: world_size()]:
         part = rollout.pick(rows if len(rows) else torch.tensor([0]))
-        tokens, attention_mask = (x.to(model.device) for x in (part.tokens, part.attention_mask))
+        tokens, attention_mask = (x.to(model.compute_device) for x in (part.tokens, part.attention_mask))
         scores = token_log_probs(model, tokens, attention_mask, part.mask.shape[1], temperature)
         yield rows, *(score[: len(rows)] for score in scores)
 

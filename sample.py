@@ -21,7 +21,7 @@ import yaml
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from data import DataConfig, Draw, encode_prompts, load_problems, random_for, require_at_least
-from model import load
+from model import ModelConfig, load, shard
 from reward import grade_one
 from run import BadInput, command_line, rank, shared
 
@@ -156,10 +156,10 @@ def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) 
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (P - len(prompt)) + prompt for prompt in prompts])
     prompt_mask = torch.tensor([[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    sampler = InverseCDF(uniforms(keys, max_new_tokens).to(model.device), temperature, P)
+    sampler = InverseCDF(uniforms(keys, max_new_tokens).to(model.compute_device), temperature, P)
     out = model.generate(
-        ids.to(model.device),
-        attention_mask=prompt_mask.long().to(model.device),
+        ids.to(model.compute_device),
+        attention_mask=prompt_mask.long().to(model.compute_device),
         generation_config=generation_settings(model, max_new_tokens),
         logits_processor=LogitsProcessorList([sampler]),
     ).cpu()
@@ -256,13 +256,15 @@ def dump_rollout(file: Path, tokenizer, rollout: Rollout, group_size: int, asked
 
 
 def open_run(path: str):
-    """(model, tokenizer, the run's config or {}) of a run folder, or of any causal LM. Raises BadInput."""
-    config_file = Path(path) / "config.yaml"
-    if not config_file.exists():
-        return *load(path), {}
-    if not (Path(path) / "model").is_dir():
-        raise BadInput(f"{path} holds no finished model yet: its training has not ended")
-    return *load(Path(path) / "model"), yaml.safe_load(config_file.read_text())
+    """(model, tokenizer, the run's config or {}) of a run folder, or of any causal LM; on a GPU if there is one."""
+    file, config = Path(path) / "config.yaml", {}
+    if file.exists():
+        config, path = yaml.safe_load(file.read_text()), str(Path(path) / "model")
+        if not Path(path).is_dir():
+            raise BadInput(f"{path} is not there: the run's training has not ended")
+    model, tokenizer = load(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return shard(model, ModelConfig(), device), tokenizer, config
 
 
 def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:

@@ -168,7 +168,7 @@ def policy_losses(policy, config: Config, rollout: Rollout, old_log_probs, advan
     weights = token_weights(mask, len(rollout), int(mask.sum()), a.loss_weights, s.max_new_tokens)
     total = weights.sum()
     for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, s.temperature, config.train.micro_batch_size):
-        constants = (x[rows, : log_probs.shape[1]].to(policy.device) for x in (old_log_probs, advantages, weights))
+        constants = (x[rows, : log_probs.shape[1]].to(log_probs.device) for x in (old_log_probs, advantages, weights))
         loss, stats = policy_loss(log_probs, *constants, a.clip_low, a.clip_high)
         yield loss, {key: value if key == "ratio/max" else value / total for key, value in stats.items()}
 
@@ -277,7 +277,8 @@ def main() -> None:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
     else:
         tokenizer = data.chain_tokenizer()
-        policy = model.build(config.model, tokenizer, config.seed)
+        with torch.device("meta" if config.dry_run else "cpu"):
+            policy = model.build(config.model, tokenizer, config.seed)
     longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
     problems, prompts = data.encode_prompts(train_problems, tokenizer, longest)
     eval_set = [part[: config.eval.prompts] for part in data.encode_prompts(held_out, tokenizer, longest)]
