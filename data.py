@@ -126,7 +126,7 @@ def chain_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[P
     wanted = {False: config.train_size, True: config.held_out_size}
     found: dict[bool, dict[str, Problem]] = {False: {}, True: {}}
     random = random_for(seed, Draw.PROBLEMS)
-    for _ in range(100 * (config.train_size + config.held_out_size)):
+    for _ in range(10 * (config.train_size + 10 * config.held_out_size)):
         prompt = _chain_prompt(random, config.min_steps, config.max_steps)
         held_out = zlib.crc32(prompt.encode()) % 10 == 0
         if len(found[held_out]) < wanted[held_out] and prompt not in found[held_out]:

@@ -34,7 +34,7 @@ class EvalConfig:
 def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): unlike +- 2 standard errors, honest near 0 and 1."""
     centre, spread = right + z * z / 2, z * sqrt(right * (n - right) / n + z * z / 4)
-    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+    return max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))
 
 
 def evaluate(
@@ -123,7 +123,7 @@ def peak_gib() -> float:
 
 @contextmanager
 def timed(seconds: dict[str, float], key: str):
-    """Add the seconds that the block takes to `seconds`."""
+    """Note the seconds that the block takes in `seconds`."""
     start = time.perf_counter()
     yield
     seconds[key] = time.perf_counter() - start
@@ -137,7 +137,7 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
         ("kept", "groups/kept", 4, 2),
         ("length", "response_length/mean", 6, 1),
         ("entropy", "entropy", 6, 4),
-        ("kl/ref", "kl/ref", 6, 4),
+        ("kl/ref", "kl/ref", 7, 4),
         ("|step|", "advantage/step_abs", 6, 4),
         ("clip", "clip_fraction", 6, 4),
         ("grad", "grad_norm", 5, 2),

@@ -19,6 +19,7 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -120,9 +121,11 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
                 model = AutoModelForCausalLM.from_config(hf_config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"no causal language model could be loaded from {str(path)!r}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
     return _prepare(model, tokenizer), tokenizer
 
 
@@ -141,12 +144,14 @@ def _prepare(model, tokenizer):
     model.shipped_generation_config = shipped
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
     model.token_log_probs = MethodType(_token_log_probs, model)
+    model.vocabulary = len(tokenizer)  # rows of the head beyond it are padding: never sampled, in no softmax
     model.compute_device, model.recomputes = torch.device("cpu"), False  # until `shard` decides
     for module in model.modules():  # dropout has no place in a ratio of probabilities
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # the rates that modules pass to functions
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model.eval()
 
 
@@ -294,9 +299,9 @@ def gathered(model):
             module.reshard()
 
 
-def _score_tokens(head, hidden, targets, temperature):
+def _score_tokens(head, vocabulary, hidden, targets, temperature):
     """[N, H], [N] -> log-probs and entropy [N] in fp32 at least; logits [N, V] exist only inside."""
-    logits = head(hidden)
+    logits = head(hidden)[:, :vocabulary]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     normaliser = logits.logsumexp(-1)
     log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
@@ -317,9 +322,11 @@ def _token_log_probs(self, tokens, attention_mask, response_length, temperature)
     chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     chunks = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
     if torch.is_grad_enabled() and len(chunks) > 1:  # else the backward would hold the logits of every chunk at once
-        scored = [checkpoint(_score_tokens, head, h, t, temperature, use_reentrant=False) for h, t in chunks]
+        scored = [
+            checkpoint(_score_tokens, head, self.vocabulary, h, t, temperature, use_reentrant=False) for h, t in chunks
+        ]
     else:
-        scored = [_score_tokens(head, h, t, temperature) for h, t in chunks]
+        scored = [_score_tokens(head, self.vocabulary, h, t, temperature) for h, t in chunks]
     shape = (len(tokens), response_length)
     return tuple(torch.cat(part).reshape(shape).clone() for part in zip(*scored, strict=True))  # FSDP2 warns of views
 

@@ -34,7 +34,7 @@ class Verdict:
 
 def grade_chain(text: str, reference: str) -> tuple[float, str]:
     """The chain task: the text must end in `#` and the one right digit."""
-    answer = re.search(r"#(\d)\Z", text)
+    answer = re.search(r"#([0-9])\Z", text)
     if not answer:
         return 0.0, "no answer: the text does not end in '#' and a digit"
     if answer[1] != reference:
@@ -51,6 +51,8 @@ def grade_one(grader: str, text: str, reference: str) -> Verdict:
     for _ in range(ATTEMPTS):
         try:
             score, reason = judge(text, reference)
+            if not 0 <= score <= 1:  # NaN too
+                raise ValueError(f"a score of {score!r} does not lie in [0, 1]")
             break
         except Exception as error:  # whatever a grader trips over is not the response's fault
             score, reason = None, f"fault in grader {grader!r}: {type(error).__name__}: {error}"
@@ -67,15 +69,19 @@ def main() -> int:
         known = ", ".join(GRADERS)
         print(f"error: usage: python reward.py GRADER < pairs.jsonl, where GRADER is one of: {known}", file=sys.stderr)
         return 2
-    for line in sys.stdin:
+    for line in sys.stdin.buffer:
         try:
             row = json.loads(line)
             text, reference = row["text"], row["reference"]
-        except (ValueError, KeyError, TypeError) as error:
-            verdict = Verdict(None, f"fault: not a JSON object with text and reference ({error})")
+            if not (isinstance(text, str) and isinstance(reference, str)):
+                raise TypeError("text and reference must be strings")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            verdict = Verdict(
+                None, f"fault: not a JSON object with text and reference ({type(error).__name__}: {error})"
+            )
         else:
             verdict = grade_one(sys.argv[1], text, reference)
-        print(json.dumps(asdict(verdict), ensure_ascii=False), flush=True)
+        print(json.dumps(asdict(verdict)), flush=True)
     return 0
 
 

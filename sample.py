@@ -127,19 +127,19 @@ class InverseCDF(LogitsProcessor):
     softmax, as the loss assumes it. temperature 0 chooses the most likely token and records its log-prob at 1.
     """
 
-    def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_length: int):
+    def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_length: int, vocabulary: int | None = None):
         self.uniforms, self.temperature, self.prompt_length = uniforms, temperature, prompt_length
+        self.vocabulary = vocabulary  # ids from here on are padding of the head
         self.log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_length
-        log_p = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
+        log_p = (scores[:, : self.vocabulary].float() / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature == 0:
             chosen = log_p.argmax(-1, keepdim=True)
         else:
             cdf = log_p.double().exp().cumsum(-1)  # double: 150k fp32 terms would move the later tokens' bounds
-            total = cdf[:, -1:].contiguous()
-            point = torch.minimum(self.uniforms[:, step, None] * total, total.nextafter(torch.zeros_like(total)))
+            point = self.uniforms[:, step, None] * cdf[:, -1:]
             chosen = torch.searchsorted(cdf, point, right=True)  # right: never a token of probability 0
         self.log_probs[:, step] = log_p.gather(-1, chosen)[:, 0]
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
@@ -156,7 +156,7 @@ def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) 
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (P - len(prompt)) + prompt for prompt in prompts])
     prompt_mask = torch.tensor([[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    sampler = InverseCDF(uniforms(keys, max_new_tokens).to(model.compute_device), temperature, P)
+    sampler = InverseCDF(uniforms(keys, max_new_tokens).to(model.compute_device), temperature, P, model.vocabulary)
     out = model.generate(
         ids.to(model.compute_device),
         attention_mask=prompt_mask.long().to(model.compute_device),
@@ -290,6 +290,8 @@ def main() -> None:
 
     if args.prompt is not None:
         problems, prompts = [], [tokenizer(args.prompt).input_ids] * args.samples
+        if not prompts[0]:
+            raise BadInput("the prompt is empty, and this model's tokenizer puts no token before it")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompts[0]:
             raise BadInput(f"the prompt {args.prompt!r} has characters that this model's tokenizer does not know")
     elif config:

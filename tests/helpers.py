@@ -1,0 +1,74 @@
+"""What the tests share: tiny models whose context matters, and the slow way to score one response."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data import Draw, chain_tokenizer
+from model import ModelConfig, build, load
+
+PAD, BOS, EOS, UNK = range(4)  # of the chain tokenizer
+PROMPTS = [[BOS, 7], [BOS, 9, 24, 5, 14, 30, 22], [BOS, EOS, 8, EOS], [PAD, PAD, 30], [EOS], [BOS, 40, UNK]]
+SIZES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2},
+}
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+
+
+def sharpened(model):
+    """Bigger weights: a fresh model's distributions are so flat that a wrong context or position would hardly show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    return model
+
+
+def tiny_model(tokenizer=None, seed: int = 0, architecture: str = "qwen2"):
+    config = ModelConfig(architecture=architecture, hidden_size=32, intermediate_size=64)
+    return sharpened(build(config, tokenizer or chain_tokenizer(), seed))
+
+
+def hf_model(kind: str, **fields):
+    """A model that this project did not build, straight from transformers."""
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    heads = {} if kind == "gpt2" else {"num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, vocab_size=len(chain_tokenizer()), **ids, **heads, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return sharpened(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def saved(model, folder, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or chain_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def any_model(kind: str, folder, tokenizer=None):
+    """gpt2 and opt have absolute positions and dropout, unlike what `build` makes."""
+    if kind not in SIZES:
+        return tiny_model(tokenizer, architecture=kind)
+    return load(saved(hf_model(kind, **SIZES[kind]), folder, tokenizer))[0]
+
+
+def keys(n: int, seed: int = 0, purpose: int = Draw.SAMPLE):
+    return [(seed, int(purpose), i) for i in range(n)]
+
+
+def rows_of(rollout) -> list[tuple]:
+    """(prompt, response, text, truncated) of every row, padding removed: what must survive any regrouping."""
+    T = rollout.mask.shape[1]
+    parts = zip(rollout.tokens, rollout.attention_mask, rollout.mask, rollout.texts, rollout.truncated, strict=True)
+    return [(x[:-T][a[:-T]].tolist(), x[-T:][m].tolist(), text, bool(cut)) for x, a, m, text, cut in parts]
+
+
+def row_log_probs(rollout) -> list[torch.Tensor]:
+    return [x[m] for x, m in zip(rollout.sampler_log_probs, rollout.mask, strict=True)]
+
+
+@torch.no_grad()
+def slow_scores(model, prompt: list[int], response: list[int], temperature: float):
+    """(log-prob of each response token, entropy at it): one plain forward of the one row, no padding, no chunks."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    p = logits.double().softmax(-1)
+    return p.log()[torch.arange(len(response)), response], -(p * p.log()).sum(-1)

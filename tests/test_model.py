@@ -1,0 +1,189 @@
+"""Token scores against plain forwards, row by row; and models that come from files, good and bad."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import EOS, LLAMA, PROMPTS, any_model, hf_model, keys, rows_of, saved, slow_scores, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model as model_module
+from data import chain_tokenizer
+from model import ModelConfig, build, frozen, load, micro_batches, rollout_log_probs, save, shard, token_log_probs
+from run import BadInput
+from sample import SampleConfig, sample
+
+V = len(chain_tokenizer())
+built = pytest.mark.parametrize("kind", ["qwen2", "llama"])
+kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    return sample(tiny_model(), chain_tokenizer(), PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))
+
+
+def score(model, rollout, temperature=1.0):
+    return token_log_probs(model, rollout.tokens, rollout.attention_mask, rollout.mask.shape[1], temperature)
+
+
+def scores_and_gradients(model, rollout):
+    """The scores of the real tokens, and what a loss on them sends to every parameter."""
+    model.zero_grad()
+    log_probs, entropy = (x[rollout.mask] for x in score(model, rollout, 0.7))
+    (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
+    return [log_probs.detach(), entropy, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@kinds
+def test_scores_are_those_of_a_plain_forward_of_each_row(kind, dtype, temperature, rollout, tmp_path):
+    model = any_model(kind, tmp_path).to(dtype)
+    scores = score(model, rollout, temperature)
+    assert scores[0].dtype == scores[1].dtype == dtype and not scores[1].requires_grad
+    for i, (prompt, response, *_) in enumerate(rows_of(rollout)):
+        for x, expected in zip(scores, slow_scores(model, prompt, response, temperature), strict=True):
+            tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+            torch.testing.assert_close(x[i, : len(response)].double(), expected, atol=tolerance, rtol=0)
+
+
+def is_logits(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.shape[-1:] == (V,) and x.shape != (32, V)  # not the head's weight
+
+
+class LargestLogits(TorchDispatchMode):
+    """Notes the most logits that any operation made at once, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if is_logits(x):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, monkeypatch):
+    model = tiny_model().double()
+    whole = scores_and_gradients(model, rollout)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", rows * V + 5)
+    kept = []  # for the backward pass, where no chunk may wait for the others
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        score(model, rollout)
+    assert kept and not any(is_logits(x) for x in kept)
+    with LargestLogits() as largest:
+        chunked = scores_and_gradients(model, rollout)
+    assert largest.elements == rows * V
+    torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
+
+
+@kinds
+def test_gradient_checkpointing_changes_nothing(kind, rollout, tmp_path):
+    model = any_model(kind, tmp_path)  # gpt2 and opt come with dropout, which must be off in every mode
+    whole = scores_and_gradients(model, rollout)
+    shard(model, ModelConfig(gradient_checkpointing=True), torch.device("cpu"))
+    torch.testing.assert_close(scores_and_gradients(model, rollout), whole, atol=1e-4, rtol=1e-4)
+
+
+@kinds
+def test_what_stands_in_the_padding_changes_nothing(kind, rollout, tmp_path):
+    model, real = any_model(kind, tmp_path), rollout.attention_mask
+    garbage = torch.randint(0, V, real.shape, generator=torch.Generator().manual_seed(0))
+    scores = token_log_probs(model, rollout.tokens.where(real, garbage), real, rollout.mask.shape[1], 1.0)
+    assert all(a[rollout.mask].equal(b[rollout.mask]) for a, b in zip(scores, score(model, rollout), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_a_whole_rollout_is_scored_alike_in_any_micro_batches_and_0_where_masked(batch_size, rollout):
+    model = tiny_model()
+    results = rollout_log_probs(model, rollout, 0.7, batch_size)
+    for result, direct in zip(results, score(model, rollout, 0.7), strict=True):
+        torch.testing.assert_close(result, direct.detach().where(rollout.mask, 0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+@pytest.mark.parametrize("n", [0, 1, 4, 23])
+def test_micro_batches_hold_every_row_once_and_similar_lengths_together(n, size):
+    lengths = torch.randint(1, 50, (n,), generator=torch.Generator().manual_seed(n))
+    parts = micro_batches(lengths, size)
+    assert sorted(i for part in parts for i in part.tolist()) == list(range(n))
+    assert all(1 <= len(part) <= size for part in parts)
+    assert [x for part in parts for x in lengths[part].tolist()] == sorted(lengths.tolist())
+
+
+@built
+def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind):
+    config, state = ModelConfig(hidden_size=32, intermediate_size=64, architecture=kind), torch.random.get_rng_state()
+    a, b, c = (build(config, chain_tokenizer(), seed) for seed in (5, 5, 6))
+    assert torch.random.get_rng_state().equal(state)
+    assert a.config.model_type == kind and not a.training and a.dtype == torch.float32
+    assert a.get_output_embeddings().weight is a.get_input_embeddings().weight
+    assert all(x.equal(y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not any(x.equal(y) for x, y in zip(a.parameters(), c.parameters(), strict=True) if x.ndim > 1)
+    assert not any(p.requires_grad for p in frozen(a).parameters())
+
+
+def test_a_model_that_cannot_stop_or_transforms_its_logits_is_refused(tmp_path):
+    tokenizer = chain_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="end-of-sequence"):
+        build(ModelConfig(hidden_size=32, intermediate_size=64), tokenizer, 0)
+    with pytest.raises(BadInput, match="logits_scaling"):
+        load(saved(hf_model("granite", **LLAMA, logits_scaling=8.0), tmp_path))
+
+
+def test_only_stop_and_pad_ids_of_a_shipped_generation_config_take_effect(tmp_path):
+    saved(tiny_model(), tmp_path)
+    shipped = {"eos_token_id": [30, 7], "temperature": 0.5, "do_sample": True, "top_k": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(shipped))
+    settings = load(tmp_path)[0].generation_config
+    assert settings.eos_token_id == [EOS, 7, 30]  # the tokenizer's too
+    assert settings.temperature is settings.do_sample is settings.top_k is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@built
+def test_a_saved_model_is_the_same_in_plain_transformers_and_here(kind, tied, tmp_path):
+    tokens, original = torch.tensor([PROMPTS[1]]), hf_model(kind, **LLAMA, tie_word_embeddings=tied).eval()
+    save(*load(saved(original, tmp_path / "original")), tmp_path / "again")
+    save(*load(tmp_path / "again"), tmp_path / "again")  # over itself too
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), load(tmp_path / "again")[0]):
+        assert model(tokens).logits.equal(original(tokens).logits)
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@built
+def test_the_tokenizer_saved_with_a_model_is_the_one_that_is_loaded(kind, tmp_path):
+    tokenizer, known = chain_tokenizer(), "3b+5c*7?b3+5=8;(b3+5=8)c8*7=6;#6"
+    save(tiny_model(architecture=kind), tokenizer, tmp_path / "model")
+    for text in (known, "3b+5 !\n"):  # the second has characters that the task has not
+        assert load(tmp_path / "model")[1](text).input_ids == tokenizer(text).input_ids
+    # AutoTokenizer makes a Qwen2Tokenizer of it beside a qwen2 model: the same for all that the task can say.
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(known).input_ids == tokenizer(known).input_ids
+
+
+BROKEN = {
+    "missing": shutil.rmtree,
+    "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "a text file": lambda folder: (shutil.rmtree(folder), folder.write_text("hello\n")),
+    "not a language model": lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+    "config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights cut off": lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
+    "no tokenizer": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+    "tokenizer of nothing": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_no_whole_model_is_refused_in_one_line(what, tmp_path):
+    folder = saved(tiny_model(), tmp_path / "model")
+    BROKEN[what](folder)
+    with pytest.raises(BadInput) as error:
+        load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
