@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from data import DataConfig, Draw, encode_prompts, load_problems, random_for, require_at_least
 from model import ModelConfig, load, shard
 from reward import grade_one
-from run import BadInput, command_line, rank, shared
+from run import BadInput, choose_threads, command_line, rank, shared
 
 
 @dataclass
@@ -263,6 +263,7 @@ def open_run(path: str):
         if not Path(path).is_dir():
             raise BadInput(f"{path} is not there: the run's training has not ended")
     model, tokenizer = load(path)
+    choose_threads(model.num_parameters())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return shard(model, ModelConfig(), device), tokenizer, config
 

@@ -279,6 +279,7 @@ def main() -> None:
         tokenizer = data.chain_tokenizer()
         with torch.device("meta" if config.dry_run else "cpu"):
             policy = model.build(config.model, tokenizer, config.seed)
+    run.choose_threads(policy.num_parameters())
     longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
     problems, prompts = data.encode_prompts(train_problems, tokenizer, longest)
     eval_set = [part[: config.eval.prompts] for part in data.encode_prompts(held_out, tokenizer, longest)]

@@ -1,4 +1,4 @@
-"""Regenerate the golden curve, only with a change of the mathematics: `OMP_NUM_THREADS=1 python tests/golden/make.py`."""
+"""Make the golden curve anew, after a change of the mathematics: `OMP_NUM_THREADS=1 python tests/golden/make.py`."""
 
 import json
 import sys
