@@ -50,7 +50,7 @@ from spro import ADVANTAGES, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_
 
 @dataclass
 class TrainConfig:
-    steps: int = 60  # RL steps: each samples once and then updates on what it sampled
+    steps: int = 40  # RL steps: each samples once and then updates on what it sampled
     prompts_per_step: int = 16  # prompts sampled per step, each sample.group_size times
     mini_batch_size: int = 32  # responses per optimizer step
     micro_batch_size: int = 32  # responses per forward and backward pass, a bound on memory; changes no gradient
@@ -67,7 +67,7 @@ class TrainConfig:
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
-    warm_start_batch_size: int = 64
+    warm_start_batch_size: int = 32
     warm_start_learning_rate: float = 4e-3
 
     def __post_init__(self):
