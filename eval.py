@@ -6,6 +6,7 @@ python eval.py runs/quickstart --prompts 200 --seed 1
 
 import argparse
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def peak_gib() -> float:
     """Peak memory of this process: on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @contextmanager
@@ -169,18 +171,27 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
     t, s, a = config.train, config.sample, config.algorithm
     shown = [f"prompt {i + 1}: {tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])]
     ranks = max(world_size(), config.model.shard * config.model.replicate)
+    on_gpu = torch.cuda.is_available() or bool(config.model.path)  # a plan for a saved model is one for GPUs
     plan = memory_plan(
         policy,
         config.model,
         ranks,
+        on_gpu,
         tokens_per_row=max(map(len, prompts)) + s.max_new_tokens,
         sampled_rows=min(s.batch_size, -(-t.prompts_per_step * s.group_size // ranks)),
-        trained_rows=t.micro_batch_size,
+        trained_rows=min(t.micro_batch_size, -(-t.mini_batch_size // ranks)),
         response_tokens=s.max_new_tokens,
         has_reference=a.beta != 0 and a.advantage not in OUTCOME_ONLY,
     )
     table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
-    return "\n".join([*shown, f"memory of each of {ranks} rank(s), estimated:", *table, "dry run: nothing was written"])
+    return "\n".join(
+        [
+            *shown,
+            f"memory of each of {ranks} {'GPU' if on_gpu else 'CPU process'}(s), estimated:",
+            *table,
+            "dry run: nothing was written",
+        ]
+    )
 
 
 def summary(config, folder: Path, state: dict, seconds: float) -> str:

@@ -144,7 +144,8 @@ def _prepare(model, tokenizer):
     model.shipped_generation_config = shipped
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
     model.token_log_probs = MethodType(_token_log_probs, model)
-    model.vocabulary = len(tokenizer)  # rows of the head beyond it are padding: never sampled, in no softmax
+    # Rows of the head beyond the last id in use are padding: never sampled, and in no softmax.
+    model.vocabulary = 1 + max(pad, *stops, *tokenizer.get_vocab().values())
     model.compute_device, model.recomputes = torch.device("cpu"), False  # until `shard` decides
     for module in model.modules():  # dropout has no place in a ratio of probabilities
         if isinstance(module, torch.nn.Dropout):
@@ -197,11 +198,22 @@ def _write_model(model, weights, tokenizer, folder: Path) -> None:
 # --- sharding -----------------------------------------------------------------------------------------------------
 
 
+def shard_size(config: ModelConfig) -> int:
+    """Ranks that split one copy of the weights. Raises BadInput if shard x replicate is not the number of ranks."""
+    split = config.shard or world_size() // config.replicate
+    if split * config.replicate != world_size():
+        raise BadInput(
+            f"model.shard={config.shard} x model.replicate={config.replicate} does not make the {world_size()} ranks "
+            "of this run"
+        )
+    return split
+
+
 def shard(model, config: ModelConfig, device: torch.device, offload: bool = False):
     """Put the model on `device`, its weights split over the ranks by FSDP2 wherever there is a process group.
 
     Every rank comes with the whole model in host memory and leaves with its share. `offload` keeps that share in host
-    memory (the reference's option). Raises BadInput if shard x replicate is not the number of ranks.
+    memory (the reference's option).
     """
     model.compute_device = device  # where inputs go: the weights may be offloaded
     if config.gradient_checkpointing:
@@ -209,12 +221,7 @@ def shard(model, config: ModelConfig, device: torch.device, offload: bool = Fals
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.recomputes = True
-    split = config.shard or world_size() // config.replicate
-    if split * config.replicate != world_size():
-        raise BadInput(
-            f"model.shard={config.shard} x model.replicate={config.replicate} does not make the {world_size()} ranks "
-            "of this run"
-        )
+    split = shard_size(config)
     if not dist.is_initialized():
         return model.to(device)
     sizes, names = (split,), ("shard",)
@@ -240,6 +247,7 @@ def memory_plan(
     model,
     config: ModelConfig,
     ranks: int,
+    on_gpu: bool,
     tokens_per_row: int,
     sampled_rows: int,
     trained_rows: int,
@@ -249,16 +257,20 @@ def memory_plan(
     """GiB that each rank will need, by what needs it. The model may be on the meta device: only shapes are read.
 
     Activations count what a decoder layer of Llama's shape keeps for its backward pass; the allocator's slack and the
-    library itself (0.5 to 1 GiB on a GPU) are not in it.
+    libraries themselves (about 0.4 GiB on a CPU, 0.5 to 1 on a GPU) are not in it.
     """
-    c, n = model.config, model.num_parameters()
-    split = config.shard or max(1, ranks // config.replicate)
-    compute = 2 if config.dtype == "bfloat16" and (torch.cuda.is_available() or model.device.type == "meta") else 4
-    kv_width = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    layer = 11 * c.hidden_size + 4 * c.intermediate_size  # values kept per token, as counted for Qwen2 under sdpa
+    c, n, split = model.config, model.num_parameters(), config.shard or max(1, ranks // config.replicate)
+    compute = 2 if on_gpu and config.dtype == "bfloat16" else 4
+    is_split = ranks > 1 or on_gpu
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    in_layer = sum(p.numel() for p in layers[0].parameters()) if layers else 0
+    in_root = n - in_layer * len(layers)  # embedding and head: gathered from the first layer's forward to the backward
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    kv_width = heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = 11 * c.hidden_size + 4 * inner  # values kept per token, as counted for Qwen2 under sdpa
     kept = c.num_hidden_layers * c.hidden_size + layer if config.gradient_checkpointing else c.num_hidden_layers * layer
     logits = min(trained_rows * response_tokens * c.vocab_size, LOGITS_AT_ONCE)
-    is_split = ranks > 1 or compute == 2
     always = {
         "weights, fp32, sharded": 4 * n / split,
         "optimizer moments, fp32, sharded": 8 * n / split,
@@ -271,7 +283,8 @@ def memory_plan(
     }
     update = {
         "update: gradients, fp32, sharded": 4 * n / split,
-        "update: gathered layers": 2 * compute * n / (c.num_hidden_layers + 1) if is_split else 0,
+        # Root and two layers in the compute type, their gradients, and the fp32 buffer that reduces the largest.
+        "update: gathered root and layers": (2 * compute + 4) * in_root + 4 * compute * in_layer if is_split else 0,
         "update: activations": kept * trained_rows * tokens_per_row * compute,
         "update: logits": logits * (compute + 4 * 4),  # and log-probs, probabilities and gradients, in fp32
     }
@@ -379,4 +392,6 @@ def rollout_log_probs(model, rollout, temperature: float, batch_size: int) -> tu
         T = scores[0].shape[1]
         for i, score in enumerate(scores):
             whole[i, rows, :T] = torch.where(rollout.mask[rows, :T], score.cpu(), 0.0)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # the root stays gathered for a backward pass, which does not come here
     return tuple(all_reduce(whole))

@@ -44,7 +44,15 @@ EXIT_STOPPED = 75  # SIGTERM or Ctrl-C: saved, `resume=true` goes on (EX_TEMPFAI
 SMALL_MODEL = 2_000_000  # parameters
 CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
     *("run_dir", "resume", "overwrite", "dry_run", "eval."),
-    *("train.steps", "train.save_every", "train.keep_checkpoints", "train.dump_every", "train.timeout_minutes"),
+    *(
+        "model.shard",
+        "model.replicate",
+        "train.steps",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.dump_every",
+        "train.timeout_minutes",
+    ),
 )
 
 
@@ -65,19 +73,20 @@ def command_line(main) -> None:
     try:
         main()
     except BadInput as error:
-        say(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        _end(f"error: {error}", EXIT_BAD_INPUT)
     except RunStopped as stop:
-        say(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
+        _end(f"stopped: {stop}", stop.code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"stopped: cannot write: {error}; free some space, then resume=true", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _end(f"stopped: cannot write: {error}; make room, then resume=true", EXIT_FAILED)
+    if dist.is_initialized():  # only at a good end: after a failure on one rank the others may never come to it
+        dist.destroy_process_group()
+
+
+def _end(message: str, code: int) -> None:
+    print(f"[rank {rank()}] {message}" if rank() else message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 # --- configuration ------------------------------------------------------------------------------------------------
@@ -223,7 +232,7 @@ def choose_threads(num_parameters: int) -> None:
 def watch(timeout_minutes: float) -> None:
     """From now, unless called again in time, have every rank print where it stands: a hang must explain itself.
 
-    The dump comes 30 seconds before collectives give up and end the run.
+    It only prints. A run hung in a collective ends when that collective has waited for timeout_minutes and 30 seconds.
     """
     faulthandler.dump_traceback_later(timeout_minutes * 60)
 
@@ -273,7 +282,8 @@ def catch_signals() -> None:
         if _signals and time.monotonic() - _signals[0] > 2:  # torchrun passes on what the terminal has sent already
             os._exit(128 + number)
         _signals.append(time.monotonic())
-        say(f"{signal.Signals(number).name}: stopping at the next safe place (again to stop at once)", file=sys.stderr)
+        if rank() == 0:  # not print: the signal may have come in the middle of one
+            os.write(2, f"{signal.Signals(number).name}: stopping at the next safe place\n".encode())
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -332,32 +342,44 @@ def append_line(file: Path, row: dict) -> None:
 def open_run_folder(config: dict) -> Path:
     """Make or reopen `run_dir` and write config.yaml there. All ranks call it.
 
-    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), is no run folder, cannot be
-    written, or holds a run whose config differs in a key that matters.
+    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), is no run folder, holds the
+    model to start from (and overwrite was given), cannot be written, is not seen by all ranks, or holds a run whose
+    config differs in a key that matters.
     """
-    return on_first_rank(lambda: _open_run_folder(config))
+    run = on_first_rank(lambda: _open_run_folder(config))
+    if not (run / "config.yaml").exists():
+        raise BadInput(f"run_dir {run} is not the same folder on all nodes: put it on a shared file system")
+    return run
 
 
 def _open_run_folder(config: dict) -> Path:
-    run, file = Path(config["run_dir"]), Path(config["run_dir"]) / "config.yaml"
+    run, file, header = Path(config["run_dir"]), Path(config["run_dir"]) / "config.yaml", ""
     try:
-        in_use = run.is_dir() and any(run.iterdir())
+        # A folder that was killed before it had its config.yaml holds nothing: it counts as empty.
+        in_use = run.is_dir() and any(path.name != "config.yaml.tmp" for path in run.iterdir())
         if in_use and not (config["resume"] or config["overwrite"]):
             raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
         if in_use and not file.exists():
             raise BadInput(f"run_dir {run} is not a run folder (no config.yaml): choose another run_dir=...")
         if in_use and config["resume"]:
+            header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
             before, now = flat(yaml.safe_load(file.read_text())), flat(config)
             changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
             if changed:
                 diff = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
                 raise BadInput(f"run_dir {run} was made with another config ({diff}): undo that, or start another run")
         elif in_use:
-            shutil.rmtree(run)
-        for folder in ("samples", "checkpoints"):
-            (run / folder).mkdir(parents=True, exist_ok=True)
-        header = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
+            if run.resolve() in Path(config["model"]["path"]).resolve().parents:
+                raise BadInput(f"overwrite=true would delete model.path, which lies in run_dir {run}")
+            doomed = run.with_name(f"{run.name}.overwritten")  # away in one move: half a deletion would be no run
+            shutil.rmtree(doomed, ignore_errors=True)
+            run.rename(doomed)
+            shutil.rmtree(doomed)
+        run.mkdir(parents=True, exist_ok=True)
+        header += "".join(f"# {key}: {value}\n" for key, value in provenance().items())
         _write_atomically(file, header + yaml.safe_dump(config, sort_keys=False))
+        for folder in ("samples", "checkpoints"):
+            (run / folder).mkdir(exist_ok=True)
     except (OSError, yaml.YAMLError) as error:
         raise BadInput(f"run_dir {run} cannot be used: {error}") from error
     return run
@@ -431,7 +453,7 @@ def save_checkpoint(run: Path, step: int, policy, optimizer, state: dict, keep: 
         adam_steps = int(next(iter(optimizer.state.values()))["step"])
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        state = {"step": step, "adam_steps": adam_steps, **state, **provenance()}
+        state = {**state, "step": step, "adam_steps": adam_steps, **provenance()}
         on_first_rank(lambda: _publish(temporary, final, state, keep))
     except (OSError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
@@ -447,11 +469,12 @@ def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
     files = sorted(temporary.iterdir())
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (*files, temporary / "manifest.json", temporary):
+    metrics = final.parent.parent / "metrics.jsonl"  # a checkpoint must not outlive the rows of its steps
+    for path in (*files, temporary / "manifest.json", temporary, *([metrics] if metrics.exists() else [])):
         _flush(path)
     os.replace(temporary, final)
     _flush(final.parent)
-    for old in sorted(final.parent.glob("step_*[0-9]"))[:-keep]:
+    for old in (*sorted(final.parent.glob("step_*[0-9]"))[:-keep], *final.parent.glob("damaged_*")):
         shutil.rmtree(old)
 
 
@@ -467,7 +490,7 @@ def fault_of(checkpoint: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
             if _sha256(file) != expected["sha256"]:
                 return f"{name} has another sha256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({type(error).__name__})"
     return None
 

@@ -21,8 +21,8 @@ import yaml
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from data import DataConfig, Draw, encode_prompts, load_problems, random_for, require_at_least
-from model import ModelConfig, load, shard
-from reward import grade_one
+from model import ModelConfig, load
+from reward import grade
 from run import BadInput, choose_threads, command_line, rank, shared
 
 
@@ -161,6 +161,7 @@ def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) 
         ids.to(model.compute_device),
         attention_mask=prompt_mask.long().to(model.compute_device),
         generation_config=generation_settings(model, max_new_tokens),
+        synced_gpus=False,  # a sharded model is gathered, so that ranks need not wait for each other
         logits_processor=LogitsProcessorList([sampler]),
     ).cpu()
     responses = out[:, P:]
@@ -262,15 +263,19 @@ def open_run(path: str):
         config, path = yaml.safe_load(file.read_text()), str(Path(path) / "model")
         if not Path(path).is_dir():
             raise BadInput(f"{path} is not there: the run's training has not ended")
-    model, tokenizer = load(path)
+    settings = ModelConfig(**config.get("model", {}))
+    model, tokenizer = load(path, settings.attention)
     choose_threads(model.num_parameters())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return shard(model, ModelConfig(), device), tokenizer, config
+    model.compute_device = device
+    return model.to(device, getattr(torch, settings.dtype) if device.type == "cuda" else None), tokenizer, config
 
 
 def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:
-    """The longest prompt, in tokens, that leaves the model room for a whole response."""
+    """The longest prompt, in tokens, that leaves the model room for a whole response. Raises BadInput if none does."""
     context = getattr(model.config, "max_position_embeddings", None) or max_prompt_tokens + max_new_tokens
+    if context <= max_new_tokens:
+        raise BadInput(f"{max_new_tokens} new tokens leave no room for a prompt in the model's context of {context}")
     return min(max_prompt_tokens, context - max_new_tokens)
 
 
@@ -285,12 +290,15 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, config = open_run(args.run_or_model)
     settings = SampleConfig(**config.get("sample", {}))
+    if (args.temperature or 0) < 0 or args.samples < 1 or (args.max_new_tokens or 1) < 1:
+        raise BadInput("--temperature must not be negative, --samples and --max-new-tokens must be at least 1")
     settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
-    if (args.temperature or 0) < 0 or args.samples < 1:
-        raise BadInput("--temperature must not be negative, --samples must be at least 1")
 
     if args.prompt is not None:
         problems, prompts = [], [tokenizer(args.prompt).input_ids] * args.samples
+        longest = context_left(model, settings.max_new_tokens, len(prompts[0]))
+        if len(prompts[0]) > longest:
+            raise BadInput(f"the prompt has {len(prompts[0])} tokens; the model's context leaves room for {longest}")
         if not prompts[0]:
             raise BadInput("the prompt is empty, and this model's tokenizer puts no token before it")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompts[0]:
@@ -307,7 +315,7 @@ def main() -> None:
     for i, text in enumerate(rollout.texts):
         print(f"\n--- {i + 1} of {len(rollout)}" + (", cut off" if rollout.truncated[i] else ""))
         if problems:
-            verdict = grade_one(problems[i].grader, text, problems[i].reference)
+            (verdict,) = grade([(problems[i], text)], config["reward"]["grader"])
             print(f"prompt     {problems[i].prompt}\nresponse   {text}")
             print(f"reference  {problems[i].reference}\nverdict    {verdict.score}: {verdict.reason}")
         else:

@@ -11,6 +11,7 @@ is listed in run.py.
 """
 
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -63,7 +64,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_every: int = 20  # checkpoints: every this many steps, at the last step, and when the run is told to stop
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted once a new one is complete
-    timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands, and then fails
+    timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
@@ -143,12 +144,14 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
     Losses and stats are weighted sums with weights fixed beforehand, so adding up, over micro-batches and ranks, is all
     there is to it. Returns the sums with `grad_norm`, or, where that is not finite and nothing was changed, {}.
     """
-    sums, ratio_max = defaultdict(float), 0.0
+    sums, maxima = defaultdict(float), {}
     for loss, stats in losses:
         (loss * run.world_size()).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
         for key, value in {"loss": loss, **stats}.items():
-            sums[key] += value.item()
-        ratio_max = max(ratio_max, sums.pop("ratio/max", 0.0))
+            if key == "ratio/max":
+                maxima[key] = max(maxima.get(key, 0.0), value.item())
+            else:
+                sums[key] += value.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if math.isfinite(norm):
@@ -156,10 +159,12 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    totals = run.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    ratio_max = run.all_reduce(torch.tensor(ratio_max), dist.ReduceOp.MAX).item()
-    stats = dict(zip(sums, totals, strict=True)) | {"ratio/max": ratio_max, "grad_norm": norm}
-    return stats if math.isfinite(norm) else {}
+    if not math.isfinite(norm):
+        return {}
+    for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
+        reduced = run.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64), op)
+        values.update(zip(values, reduced.tolist(), strict=True))
+    return {**sums, **maxima, "grad_norm": norm}
 
 
 def policy_losses(policy, config: Config, rollout: Rollout, old_log_probs, advantages) -> Iterator:
@@ -188,7 +193,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
     Writes metrics.jsonl and model/ to `folder`; another run can start from there with model.path=FOLDER/model.
     """
     run.fresh_folder(folder)
-    t, optimizer, position = config.train, make_optimizer(policy, config.train), 0
+    t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
     demonstrate, size = data.DEMONSTRATORS[config.data.source], t.warm_start_batch_size
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
         bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
@@ -202,6 +207,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
             lr = scale * learning_rate(step, steps, t.warm_start_learning_rate, min(50, steps // 5), "cosine")
             losses = imitation_losses(policy, rollout, t.micro_batch_size)
             stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
+            check_refused(state, stats, step)
             run.append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
             bar.set_postfix(loss=f"{stats.get('loss', math.nan):.3f}")
             position += size
@@ -288,6 +294,7 @@ def main() -> None:
         say(dry_run_report(config, policy, tokenizer, prompts))
         return
 
+    model.shard_size(config.model)  # before anything is written
     folder = run.open_run_folder(run.plain(config))
     policy, reference, start_hash = start_models(config, folder, device, policy, tokenizer, problems, prompts)
     optimizer = make_optimizer(policy, config.train)
@@ -295,6 +302,8 @@ def main() -> None:
     if state["step"] >= config.train.steps and (folder / "model").exists():
         say(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
         return
+    if state["step"] < config.train.steps:  # an earlier end of this run is not the end any more
+        run.on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
     train(config, folder, policy, reference, optimizer, tokenizer, (problems, prompts), eval_set, state)
     model.save(policy, tokenizer, folder / "model")
     say(summary(config, folder, state, time.perf_counter() - started))
@@ -303,7 +312,7 @@ def main() -> None:
 def train(
     config: Config, folder: Path, policy, reference, optimizer, tokenizer, train_set, eval_set, state: dict
 ) -> None:
-    """The loop. `state` is kept as a checkpoint would save it: it changes at the end of a step and nowhere else."""
+    """The loop. `state` is what a checkpoint holds besides tensors; it moves on at the end of a step."""
     t, s, a = config.train, config.sample, config.algorithm
     (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
 
@@ -341,9 +350,11 @@ def train(
         # 3. Log-probs.
         with timed(seconds, "time/log_probs"):
             old_log_probs, entropy = model.rollout_log_probs(policy, learned, s.temperature, t.micro_batch_size)
-            ref_log_probs = old_log_probs  # without a reference: a log-ratio of 0 everywhere
-            if reference is not None:
-                ref_log_probs, _ = model.rollout_log_probs(reference, learned, s.temperature, t.micro_batch_size)
+            ref_log_probs, _ = (
+                (old_log_probs, None)  # a log-ratio of 0 everywhere: no step term
+                if reference is None
+                else model.rollout_log_probs(reference, learned, s.temperature, t.micro_batch_size)
+            )
 
         # 4. Advantage.
         group = (learned.mask, s.group_size, a.beta)

@@ -49,7 +49,15 @@ def test_training_needs_the_six_packages_alone():
     lines = [re.split(r"[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert lines == ["torch", "transformers", "safetensors", "numpy", "tqdm", "pyyaml"]
     needed = set().union(*(imported(tree) for tree in SOURCES.values())) - set(sys.stdlib_module_names) - SOURCES.keys()
-    assert needed <= {"torch", "transformers", "tokenizers", "numpy", "tqdm", "yaml"}  # transformers brings tokenizers
+    assert needed <= {
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "tqdm",
+        "yaml",
+    }  # transformers brings tokenizers
 
 
 def test_every_config_field_is_read_somewhere():
