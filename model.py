@@ -269,7 +269,7 @@ def memory_plan(
     kv_width = heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     layer = 11 * c.hidden_size + 4 * inner  # values kept per token, as counted for Qwen2 under sdpa
-    # The backward pass adds about a layer's worth. Recomputing, it holds three (measured), and else one value per layer.
+    # The backward pass adds about a layer's worth; recomputing, it holds three (measured) and one value per layer.
     layers_kept, inputs_kept = (3, c.num_hidden_layers) if config.gradient_checkpointing else (len(layers) + 1, 0)
     kept = layers_kept * layer + inputs_kept * c.hidden_size
     logits = min(trained_rows * response_tokens * c.vocab_size, LOGITS_AT_ONCE)
