@@ -5,17 +5,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
-from test_train import GOLDEN, launch, metrics  # noqa: E402
+from test_train import GOLDEN, launch, maker, metrics  # noqa: E402
 
 with tempfile.TemporaryDirectory() as folder:
     done = launch(ROOT / "configs" / "tiny.yaml", f"run_dir={folder}/tiny")
     if done.returncode:
         sys.exit(done.stderr)
-    maker = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1}
-    GOLDEN.write_text("".join(json.dumps(row) + "\n" for row in [maker, *metrics(Path(folder) / "tiny")]))
+    GOLDEN.write_text("".join(json.dumps(row) + "\n" for row in [maker(), *metrics(Path(folder) / "tiny")]))

@@ -1,0 +1,226 @@
+"""Several processes: they compute what one computes, save what one can load, and cannot wait for each other in vain."""
+
+import json
+import os
+import subprocess
+import sys
+
+import chaos
+import pytest
+import torch
+from conftest import TINY, as_of, checkpoints, finished, ran, started
+from helpers import PROMPTS, keys, tiny_model
+from safetensors.torch import load_file, save_file
+
+import model
+import run
+import train
+from data import chain_tokenizer
+from model import ModelConfig
+from sample import Rollout, SampleConfig, sample
+
+# --- one step, by hand --------------------------------------------------------------------------------------------
+
+LAYOUTS = {  # of two processes; the single one computes the first
+    "one process": ModelConfig(),
+    "sharded": ModelConfig(shard=2),
+    "replicated": ModelConfig(replicate=2),
+    "sharded, recomputing": ModelConfig(gradient_checkpointing=True),
+}
+
+
+def gradients(layout: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
+    """Every gradient and statistic of one policy update on a made-up rollout, and the rollout that it sampled before.
+
+    Five responses of different lengths: in micro-batches of 1, two processes have 3 and 2, so one pass is for nothing.
+    """
+    tokenizer, found = chain_tokenizer(), {}
+    policy = model.shard(tiny_model(), LAYOUTS[layout], torch.device("cpu"))
+    with model.gathered(policy):
+        sampled = sample(policy, tokenizer, PROMPTS[:2], keys(2), SampleConfig(group_size=3, max_new_tokens=40))
+    texts = ["b1+2=3;#3", "#7", "b1+2=4;c4*5=0;d0-1=9;#9", "", "b9*9=1;(b9*9=1)#"]
+    rollout = Rollout.of_texts([PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[5]], texts, tokenizer)
+    source = torch.Generator().manual_seed(0)
+    log_probs, _ = model.rollout_log_probs(policy, rollout, 1.0, micro_batch_size)
+
+    policy = model.shard(tiny_model().double(), LAYOUTS[layout], torch.device("cpu"))  # fp32's noise exceeds 1e-6
+    source, shape = torch.Generator().manual_seed(0), rollout.mask.shape
+    with torch.no_grad():
+        old_log_probs, _ = model.token_log_probs(tiny_model(), rollout.tokens, rollout.attention_mask, shape[1], 1.0)
+    old_log_probs += 0.2 * torch.randn(shape, generator=source)  # so that some ratios are clipped
+    advantages = torch.randn(shape, generator=source)
+
+    def clip_nothing(parameters, max_norm):
+        for name, parameter in policy.named_parameters():
+            whole = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            found[name] = whole.clone()
+        return torch.tensor(1.0)
+
+    config = train.Config()
+    config.train.micro_batch_size = micro_batch_size
+    losses = train.policy_losses(policy, config, rollout, old_log_probs, advantages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_nothing)
+        stats = train.optimizer_step(policy, train.make_optimizer(policy, config.train), 0.0, 1.0, losses)
+    found |= {f"stat {key}": torch.tensor(value, dtype=torch.float64) for key, value in stats.items()}
+    found |= {"sampled tokens": sampled.tokens, "sampled mask": sampled.mask, "log-probs": log_probs}
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def gradients_of_ranks(folder) -> None:
+    run.start_processes(timeout_minutes=1)
+    for layout in list(LAYOUTS)[1:]:
+        for size in (1, 5):
+            save_file(gradients(layout, size), folder / f"{layout}, {size}, rank {run.rank()}")
+
+
+@pytest.fixture(scope="module")
+def one():
+    return gradients("one process", 5)
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """The folder in which two processes have left their `gradients`, for each layout and micro-batch size."""
+    folder = tmp_path_factory.mktemp("gradients")
+    process = chaos.fork(gradients_of_ranks, (folder,), 2, folder / "log")
+    assert chaos.exit_code(process, 120) == 0, (folder / "log").read_text()
+    return folder
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("micro_batch_size", [1, 5])
+def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layout, micro_batch_size, one, of_ranks):
+    lengths = one["sampled mask"].sum(1)
+    assert lengths[:3].max() != lengths[3:].max()  # one process has sampled its rows before the other has
+    for rank in range(2):
+        two = load_file(of_ranks / f"{layout}, {micro_batch_size}, rank {rank}")
+        assert two.keys() == one.keys()
+        for name, expected in one.items():
+            if name.startswith("sampled"):
+                assert torch.equal(two[name], expected)
+            else:
+                assert (two[name] - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+LOSS_LIKE = ("loss", "kl/", "grad_norm", "clip_fraction", "advantage/step_abs")  # differences of almost equal numbers
+COUNTED = ("step", "reward/", "groups/", "response_length/", "eval/", "updates/")
+
+
+def assert_alike(one: list[dict], two: list[dict]) -> None:
+    """Equal up to fp32 noise, and exactly equal in what is counted."""
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for expected, row in zip(one, two, strict=True):
+        assert expected.keys() == row.keys()
+        for key in expected.keys() - {"sampler_gap"}:  # which is noise itself
+            exact, rtol = key.startswith(COUNTED), 1e-3 if key.startswith(LOSS_LIKE) else 1e-4
+            close = pytest.approx(expected[key], rel=0 if exact else rtol, abs=0 if exact else 1e-6)
+            assert row[key] == close, f"step {row['step']}: {key}"
+
+
+def texts(run_dir) -> list[str]:
+    files = sorted((run_dir / "samples").iterdir())
+    return [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def hanging(warm, tmp_path_factory):
+    """A run whose second process never comes back from grading, started early: it has to give up by itself."""
+    folder = tmp_path_factory.mktemp("hanging") / "run"
+    return started(folder, warm, "train.timeout_minutes=0.1", ranks=2, rank=1, on="reward", step=1, does="hang"), folder
+
+
+@pytest.fixture(scope="module")
+def alone(warm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    finished(folder, warm, "train.keep_checkpoints=9")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(warm, tmp_path_factory, hanging):
+    """The run of `alone` on two processes, by torchrun itself."""
+    folder = tmp_path_factory.mktemp("together") / "run"
+    arguments = [*TINY, f"run_dir={folder}", warm, "train.keep_checkpoints=9"]
+    code = chaos.exit_code(chaos.start(arguments, folder.with_name("run.log"), ranks=2))
+    assert code == 0, folder.with_name("run.log").read_text()
+    return folder
+
+
+def test_two_processes_have_the_metrics_and_the_texts_of_one(alone, together):
+    assert_alike(chaos.metrics(alone), chaos.metrics(together))
+    assert texts(alone) == texts(together)
+    assert len(list((together / "checkpoints" / "step_000010").glob("*.safetensors"))) == 2
+
+
+def test_a_checkpoint_of_two_processes_goes_on_on_one(alone, together, warm, tmp_path):
+    folder = as_of(4, together, tmp_path / "run")
+    assert "going on after step 4" in finished(folder, warm, "resume=true")
+    assert_alike(chaos.metrics(alone), chaos.metrics(folder))
+
+
+def test_a_checkpoint_of_one_process_goes_on_on_two(alone, warm, tmp_path):
+    folder = as_of(4, alone, tmp_path / "run")
+    assert "going on after step 4" in finished(folder, warm, "resume=true", ranks=2)
+    assert_alike(chaos.metrics(alone), chaos.metrics(folder))
+
+
+def test_recomputing_activations_changes_no_metric(alone, warm, tmp_path):
+    finished(tmp_path / "run", warm, "model.gradient_checkpointing=true", ranks=2)
+    assert_alike(chaos.metrics(alone), chaos.metrics(tmp_path / "run"))
+
+
+def test_two_nodes_that_each_hold_a_copy_train_as_one_process_does(alone, warm, tmp_path):
+    """Two torchruns on the loopback device, three steps."""
+    meet, running = str(chaos.free_port()), []
+    for node in "01":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node]
+        command += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", meet]
+        command += [str(chaos.ROOT / "train.py"), *TINY, f"run_dir={tmp_path / 'run'}", warm]
+        with (tmp_path / f"log{node}").open("w") as out:
+            options = {"stdout": out, "stderr": out, "env": os.environ | chaos.AT_ONCE, "start_new_session": True}
+            running.append(subprocess.Popen([*command, "train.steps=3", "model.replicate=2"], **options))
+    codes = [chaos.exit_code(process, 120) for process in running]
+    assert codes == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    assert_alike(chaos.metrics(alone)[:3], chaos.metrics(tmp_path / "run")[:3])
+    assert chaos.metrics(tmp_path / "run")[3]["step"] == 3 and checkpoints(tmp_path / "run")
+
+
+def test_a_layout_that_does_not_fit_the_processes_is_refused_in_one_line(warm, tmp_path):
+    code, words = ran(tmp_path / "run", warm, "model.shard=3", ranks=2)
+    said = [line for line in words.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(said) == 1 and "model.shard=3" in said[0] and "Traceback" not in words, words
+
+
+def test_a_signal_to_one_process_stops_both_and_they_go_on_as_if_nothing_had_been(together, warm, tmp_path):
+    folder, arguments = tmp_path / "run", (warm, "resume=true", "train.save_every=100")
+    code, words = ran(folder, *arguments, ranks=2, rank=1, on="backward", step=3, does="SIGTERM")
+    assert code == run.EXIT_STOPPED and "saved after step 3 of 10" in words, words
+    finished(folder, *arguments, ranks=2)
+    assert chaos.differences(together, folder) == []
+
+
+def test_a_full_disk_on_one_process_ends_both_with_one_line_and_loses_nothing(warm, tmp_path):
+    code, words = ran(tmp_path / "run", warm, ranks=2, rank=1, on="reward", step=4, does="small disk")
+    said = [line for line in words.splitlines() if line.startswith("stopped: ")]
+    assert code == run.EXIT_FAILED and len(said) == 1 and "Traceback" not in words, words
+    assert "the checkpoint of step 4 could not be written" in said[0] and "File too large" in said[0]
+    assert checkpoints(tmp_path / "run") == ["step_000002"]
+    assert run.newest_checkpoint(tmp_path / "run").name == "step_000002"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_any_moment_change_nothing(ranks, warm, tmp_path):
+    assert chaos.chaos(tmp_path, kills=5, ranks=ranks, seed=ranks, arguments=[*TINY, warm], forked=True) == []
+
+
+def test_a_process_that_hangs_has_every_process_show_where_it_stands_and_ends_the_run(hanging):
+    process, folder = hanging
+    code = chaos.exit_code(process, 90)
+    words = folder.with_name("run.log").read_text()
+    assert code != 0 and words.count("Timeout (0:00:06)!") >= 2, words
+    dumps = words.split("Timeout (0:00:06)!")[1:]
+    assert any("in counted" in dump for dump in dumps)  # the one that hangs, in the wrapped grader
+    assert any("in all_gather_object" in dump and "in shared" in dump for dump in dumps)  # the one that waits for it

@@ -1,0 +1,663 @@
+"""Configs, run folders and checkpoints, one by one; then whole runs that are stopped, broken off and continued."""
+
+import ast
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chaos
+import pytest
+import torch
+import yaml
+from conftest import TINY, checkpoints, finished, ran, started
+from helpers import tiny_model
+
+import run
+import train
+from data import chain_tokenizer
+from model import load
+from run import BadInput, RunStopped, read_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
+CONFIGS = sorted((chaos.ROOT / "configs").glob("*.yaml"))
+
+
+def config_of(*arguments, default=train.DEFAULT_CONFIG) -> train.Config:
+    return read_config(train.Config, list(arguments), default)
+
+
+def refusal(work, *args) -> str:
+    """The message of the BadInput that `work(*args)` must raise: one line."""
+    with pytest.raises(BadInput) as caught:
+        work(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_of_the_project_loads_and_survives_being_written_down(file, tmp_path):
+    config = config_of(str(file))
+    assert config.run_dir == f"runs/{file.stem}"
+    written = tmp_path / "config.yaml"
+    written.write_text(yaml.safe_dump(run.plain(config)))
+    assert config_of(str(written)) == config
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("train.learning_rate=1e-4", 1e-4),  # text, as YAML reads it
+        ("train.learning_rate=1", 1.0),
+        ("train.steps=7", 7),
+        ("resume=true", True),
+        ("resume=no", False),
+        ("train.adam_betas=[0.8, 0.99]", (0.8, 0.99)),
+        ("algorithm.keep_accuracy=[0, 1e-1]", (0.0, 0.1)),
+        ("run_dir=runs/a=b", "runs/a=b"),
+        ("model.path=", ""),
+    ],
+)
+def test_values_are_read_as_the_type_of_their_field(argument, value):
+    config = config_of(argument)
+    for name in argument.split("=")[0].split("."):
+        config = getattr(config, name)
+    assert config == value and type(config) is type(value)
+
+
+def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 3\ntrain: {steps: 5, save_every: 4}\n")
+    config = config_of("train.steps=6", str(file), "eval.every=2", "train.steps=7")
+    assert (config.seed, config.train.steps, config.train.save_every, config.eval.every) == (3, 7, 4, 2)
+    assert config.train.epochs == train.TrainConfig().epochs and config.run_dir == "runs/mine"
+    file.write_text("# nothing yet\n")
+    assert config_of(str(file)).train == train.TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("train.lerning_rate=1", "unknown key 'train.lerning_rate'; the nearest is 'train.learning_rate'"),
+        ("beta=0.1", "unknown key 'beta'; the nearest is 'algorithm.beta'"),
+        ("modle.path=x", "unknown key 'modle"),
+        ("algorithm.advantage.name=spro", "goes through something that is no block"),
+        ("train.=1", "unknown key"),
+        ("seed=1.5", "seed must be of type int, not 1.5"),
+        ("seed=true", "seed must be of type int, not True"),
+        ("train.steps=1e3", "train.steps must be of type int, not '1e3'"),
+        ("seed=", "seed must be of type int, not ''"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("resume=1", "resume must be of type bool, not 1"),
+        ("model.path=5", "model.path must be of type str, not 5"),
+        ("model=5", "model must hold keys and values, not 5"),
+        ("seed.x=1", "seed must be of type int"),
+        ("train.learning_rate=fast", "train.learning_rate must be of type float, not 'fast'"),
+        ("train.learning_rate=true", "train.learning_rate must be of type float, not True"),
+        ("train.learning_rate=.nan", "train.learning_rate must be of type float"),
+        ("train.learning_rate=-1", "learning_rate=-1.0 must be positive"),
+        ("train.adam_betas=0.9", "train.adam_betas must be a list of 2 numbers, not 0.9"),
+        ("train.adam_betas=[0.9]", "train.adam_betas must be a list of 2 numbers"),
+        ("train.adam_betas=[a, b]", "train.adam_betas must be of type float, not 'a'"),
+        ("train.adam_betas=[0.9, 1]", "adam_betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("train.schedule=wavy", "choose constant, linear or cosine"),
+        ("train.prompts_per_step=3 sample.group_size=4", "3 prompts x 4 samples = 12 responses do not divide"),
+        ("train.micro_batch_size=5", "does not divide into micro-batches"),
+        ("train.prompts_per_step=0", "prompts_per_step=0 must be at least 1"),
+        ("data.train_size=8", "train.prompts_per_step exceeds data.train_size"),
+        ("sample.group_size=1", "group_size=1"),
+        ("sample.temperature=-1", "temperature=-1.0 must be positive"),
+        ("sample.temperature=0", "temperature=0.0 must be positive"),
+        ("algorithm.advantage=ppo", "advantage='ppo' is not known: choose one of spro, grpo"),
+        ("algorithm.loss_weights=mean", "loss_weights='mean'"),
+        ("algorithm.keep_accuracy=[0.8, 0.2]", "keep_accuracy"),
+        ("reward.grader=oracle", "grader='oracle' is not known"),
+        ("data.source=moon", "source='moon' is not known"),
+        ("model.num_kv_heads=3", "num_heads"),
+        ("model.dtype=int8", "dtype='int8' is not known"),
+        ("train.steps=[", "cannot read the value of 'train.steps=['"),
+        ("one.yaml two.yaml", "usage"),
+        ("--resume", "usage"),
+        ("--resume=true", "usage"),
+        ("no_such_file.yaml", "cannot read no_such_file.yaml: No such file or directory"),
+        (str(chaos.ROOT), "Is a directory"),
+    ],
+)
+def test_a_mistake_in_the_config_is_refused_in_one_line(arguments, words):
+    arguments = re.split(r" (?=\S+=|\S+\.yaml)", arguments)
+    assert words in refusal(config_of, *arguments)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"train: {steps: 5", "is not valid YAML"),
+        (b"train:\n\tsteps: 5", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"- a\n- b\n", "the file must hold keys and values"),
+        (b"just text", "the file must hold keys and values"),
+        (b"5: 6", "unknown key '5'"),
+        (b"train:\n", "train must hold keys and values, not None"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(text, words, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text)
+    assert words in refusal(config_of, str(file))
+    refusal(config_of, str(file), "train.steps=5")  # an override cannot save it
+
+
+def test_bad_input_ends_the_script_with_code_2_and_one_line():
+    command = [sys.executable, "train.py", "configs/tiny.yaml", "train.lerning_rate=1"]
+    ended = subprocess.run(command, cwd=chaos.ROOT, env=os.environ | chaos.AT_ONCE, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and "learning_rate" in ended.stderr
+
+
+# --- the run folder -----------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path, *arguments) -> Path:
+    return run.open_run_folder(run.plain(config_of(f"run_dir={folder}", *arguments)))
+
+
+def test_a_run_folder_in_use_is_left_alone_unless_resume_or_overwrite_is_given(tmp_path):
+    folder = opened(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    words = refusal(opened, folder)
+    assert "in use" in words and "resume=true" in words and "overwrite=true" in words
+    assert opened(folder, "resume=true") == folder and (folder / "metrics.jsonl").exists()
+    opened(folder, "overwrite=true", "seed=5")
+    assert not (folder / "metrics.jsonl").exists()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("flag", ["overwrite=true", "resume=true"])
+@pytest.mark.parametrize("config", [None, "", "- a list", "name: of another program"])
+def test_a_folder_that_is_no_run_folder_is_refused_and_nothing_in_it_is_touched(config, flag, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert str(tmp_path) in refusal(opened, tmp_path, flag)
+    assert before == {file.name: file.read_text() for file in tmp_path.iterdir()}
+
+
+def test_overwriting_that_was_killed_half_way_can_be_begun_again(tmp_path, monkeypatch):
+    folder = opened(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text("{}\n")
+
+    def killed(path, *args, **kwargs):  # files go in any order
+        (Path(path) / "config.yaml").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        opened(folder, "overwrite=true")
+    assert not (opened(folder, "overwrite=true") / "metrics.jsonl").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    words = refusal(opened, tmp_path / "file" / "run")
+    assert str(tmp_path / "file" / "run") in words and "cannot be used" in words
+
+
+def test_an_empty_folder_can_be_started_into_and_resumed(tmp_path):
+    assert opened(tmp_path, "resume=true") == tmp_path
+
+
+@pytest.mark.parametrize("function", ["provenance", "_write_atomically"])
+@pytest.mark.parametrize("flag", ["resume=true", "overwrite=true"])
+def test_a_run_killed_before_its_config_was_written_can_be_started_again(function, flag, tmp_path, monkeypatch):
+    def killed(*args):
+        if args:
+            args[0].with_name("config.yaml.tmp").write_text("seed: ")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, function, killed)
+        opened(tmp_path / "run", flag)
+    opened(tmp_path / "run", flag)
+
+
+def test_resuming_with_another_config_names_both_values(tmp_path):
+    folder = opened(tmp_path / "run", "algorithm.beta=0.1", "train.adam_betas=[0.9, 0.99]")
+    words = refusal(opened, folder, "resume=true", "algorithm.beta=0.2", "train.adam_betas=[0.9, 0.95]", "seed=1")
+    for difference in ("algorithm.beta: 0.1 -> 0.2", "seed: 0 -> 1", "[0.9, 0.99] -> [0.9, 0.95]"):
+        assert difference in words
+    assert words.count("->") == 3
+    assert yaml.safe_load((folder / "config.yaml").read_text())["algorithm"]["beta"] == 0.1
+
+
+def test_a_resumed_run_may_change_what_does_not_touch_its_past(tmp_path):
+    folder = opened(tmp_path / "run")
+    free = ["train.steps=99", "train.save_every=3", "train.keep_checkpoints=7", "train.dump_every=2", "eval.every=4"]
+    opened(folder, "resume=true", "train.timeout_minutes=5", "eval.prompts=3", *free)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 99
+
+
+def test_the_config_of_a_run_says_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no git
+    text = (opened(tmp_path / "run") / "config.yaml").read_text()
+    for words in ("# command: ", "# commit: unknown", f"# torch: {torch.__version__}", "# transformers: "):
+        assert words in text
+
+
+def test_metrics_are_cut_back_to_a_step_and_a_half_written_line_is_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": step / 3, "bad": float("nan")} for step in range(5)]
+    for row in rows:
+        run.append_line(file, row)
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 5, "los')
+    assert [row["step"] for row in run.keep_metrics_through(tmp_path, 9)] == [0, 1, 2, 3, 4]
+    assert file.read_text() == whole  # to the last digit
+    run.keep_metrics_through(tmp_path, 2)
+    assert file.read_text() == "".join(whole.splitlines(keepends=True)[:3])
+    assert run.keep_metrics_through(tmp_path, -1) == [] and file.read_text() == ""
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def trainable(tied: bool = True):
+    """(policy, optimizer) of a tiny model."""
+    policy = tiny_model()
+    if not tied:
+        policy.lm_head.weight = torch.nn.Parameter(2 * policy.lm_head.weight.detach())
+    return policy, train.make_optimizer(policy, train.TrainConfig())
+
+
+def learn(policy, optimizer, seed: int) -> None:
+    """One optimizer step on made-up gradients."""
+    source = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=source)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def everything(policy, optimizer) -> dict[str, torch.Tensor]:
+    found = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    for name, parameter in policy.named_parameters():
+        found |= {f"{name} {key}": value.clone() for key, value in optimizer.state[parameter].items()}
+    return found
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory) -> Path:
+    folder, (policy, optimizer) = tmp_path_factory.mktemp("three"), trainable()
+    for step in (1, 2, 3):
+        learn(policy, optimizer, step)
+        run.save_checkpoint(folder, step, policy, optimizer, {"step": step, "position": 4 * step}, keep=3)
+    return folder
+
+
+@pytest.fixture
+def folder(three_checkpoints, tmp_path) -> Path:
+    """A run folder with the checkpoints of steps 1 to 3."""
+    return shutil.copytree(three_checkpoints, tmp_path / "run")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_checkpoint_brings_back_weights_moments_adam_step_and_state_to_the_last_bit(tied, tmp_path):
+    policy, optimizer = trainable(tied)
+    for seed in range(3):
+        learn(policy, optimizer, seed)
+    state = {"step": 2, "position": 8, "best": {"step": 1, "eval/accuracy": 1 / 3}, "after": None}
+    run.save_checkpoint(tmp_path, 2, policy, optimizer, state, keep=2)
+    saved_tensors = everything(policy, optimizer)
+    learn(policy, optimizer, 3)
+    continued = everything(policy, optimizer)
+
+    policy, optimizer = trainable(tied)
+    loaded = run.load_checkpoint(run.newest_checkpoint(tmp_path), policy, optimizer)
+    assert {key: loaded[key] for key in state} == state
+    assert_same(everything(policy, optimizer), saved_tensors)
+    learn(policy, optimizer, 3)
+    assert_same(everything(policy, optimizer), continued)
+
+
+def test_a_checkpoint_of_a_resumed_run_counts_adam_steps_on(folder):
+    policy, optimizer = trainable()
+    state = run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)  # as train.resume keeps it
+    learn(policy, optimizer, 4)
+    run.save_checkpoint(folder, 4, policy, optimizer, state | {"step": 4}, keep=3)
+    expected = everything(policy, optimizer)
+    policy, optimizer = trainable()
+    assert run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)["step"] == 4
+    assert_same(everything(policy, optimizer), expected)
+
+
+def test_a_checkpoint_before_the_first_optimizer_step_can_be_loaded(tmp_path):
+    policy, optimizer = trainable()
+    run.save_checkpoint(tmp_path, 0, policy, optimizer, {"step": 0}, keep=2)
+    learn(policy, optimizer, 0)
+    expected = everything(policy, optimizer)
+    policy, optimizer = trainable()
+    learn(policy, optimizer, 9)
+    run.load_checkpoint(run.newest_checkpoint(tmp_path), policy, optimizer)
+    learn(policy, optimizer, 0)
+    assert_same(everything(policy, optimizer), expected)
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a truncated shard": (lambda c: os.truncate(next(c.glob("*.safetensors")), 1000), "has 1000 bytes, not"),
+    "a missing shard": (lambda c: next(c.glob("*.safetensors")).unlink(), "is missing"),
+    "a flipped bit": (lambda c: flip_a_byte(next(c.glob("*.safetensors"))), "has another sha256"),
+    "a missing state": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
+    "a changed state": (lambda c: flip_a_byte(c / "state.json"), "state.json has another sha256"),
+    "a missing manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "half a manifest": (lambda c: os.truncate(c / "manifest.json", 40), "manifest.json cannot be read"),
+    "a garbled manifest": (lambda c: (c / "manifest.json").write_text("[1, 2]"), "manifest.json"),
+    "an empty manifest": (lambda c: (c / "manifest.json").write_text("{}"), "manifest.json"),
+    "an empty folder": (lambda c: [f.unlink() for f in c.iterdir()], "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage, words", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(damage, words, folder, capsys):
+    damage(folder / "checkpoints" / "step_000003")
+    assert run.newest_checkpoint(folder).name == "step_000002"
+    said = capsys.readouterr().out
+    assert "step_000003 is damaged" in said and words in said
+    assert checkpoints(folder) == ["damaged_step_000003", "step_000001", "step_000002"]
+    policy, optimizer = trainable()
+    assert run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)["position"] == 8
+    assert not capsys.readouterr().out
+
+
+def test_without_any_sound_checkpoint_there_is_none_and_none_is_deleted(folder, capsys):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "state.json").unlink()
+    assert run.newest_checkpoint(folder) is None
+    assert capsys.readouterr().out.count("is damaged") == 3
+    assert all(name.startswith("damaged_") for name in checkpoints(folder)) and len(checkpoints(folder)) == 3
+
+
+def test_old_checkpoints_go_only_once_the_new_one_is_complete(folder, monkeypatch):
+    policy, optimizer = trainable()
+    new, remove, removed = folder / "checkpoints" / "step_000004", shutil.rmtree, []
+
+    def watched(path, *args, **kwargs):
+        if Path(path).suffix != ".tmp":
+            removed.append(Path(path).name)
+            assert run.fault_of(new) is None
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    run.save_checkpoint(folder, 4, policy, optimizer, {"step": 4}, keep=2)
+    assert removed == ["step_000001", "step_000002"]
+    assert checkpoints(folder) == ["step_000003", "step_000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_not_reported_as_a_new_one_that_was_not_written(
+    folder, monkeypatch
+):
+    def refuse(path, **kwargs):
+        if not str(path).endswith(".tmp") and not kwargs.get("ignore_errors"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    policy, optimizer = trainable()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    try:
+        run.save_checkpoint(folder, 4, policy, optimizer, {"step": 4}, keep=2)
+    except RunStopped as stop:
+        assert "could not be written" not in str(stop)
+    assert run.newest_checkpoint(folder).name == "step_000004"
+
+
+def fill_the_disk_at_every_operation(folder: Path) -> None:
+    """Save again and again, while the n-th file operation of the save finds the disk full, for every n."""
+    left, name = 0, ""
+
+    def on_event(event: str, args: tuple) -> None:
+        nonlocal left, name
+        if event == "os.mkdir" and Path(args[0]).exists():  # harmless, and the caller knows
+            return
+        if event in ("open", "os.mkdir", "os.rename") and str(args[0]).startswith(str(folder / "checkpoints")):
+            left -= 1
+            if left == 0:
+                name = f"{event} {args[0]}"
+                chaos.disk_full()
+
+    policy, optimizer = trainable()
+    learn(policy, optimizer, 0)
+    sys.addaudithook(on_event)
+    for n in range(1, 99):
+        step, before, left = 3 + n, checkpoints(folder), n
+        try:
+            run.save_checkpoint(folder, step, policy, optimizer, {"step": step}, keep=3)
+            assert left > 0 or f"{step:06d}" not in name, f"{name}: the save went on as if nothing had happened"
+        except RunStopped as stop:
+            assert "No space left on device" in str(stop) and "\n" not in str(stop), f"{name}: {stop}"
+            assert stop.code == run.EXIT_FAILED
+        undisturbed, left = left > 0, 0
+        now = checkpoints(folder)
+        assert not [c for c in now if c.endswith(".tmp")], f"{name}: leaves {now}"
+        assert all(run.fault_of(folder / "checkpoints" / c) is None for c in now), name
+        assert len(now) >= 3 and set(before[-2:]) <= set(now), f"{name}: lost a checkpoint, {before} -> {now}"
+        if undisturbed:
+            break
+    assert 8 < n < 98  # every file is opened to be written, hashed and flushed, and the folder renamed
+
+
+def test_a_disk_that_fills_at_any_moment_of_a_save_costs_no_checkpoint(folder, tmp_path):
+    process = chaos.fork(fill_the_disk_at_every_operation, (folder,), 1, tmp_path / "log")
+    assert chaos.exit_code(process, 60) == 0, (tmp_path / "log").read_text()
+
+
+def test_nothing_in_the_project_can_load_code():
+    """No pickle and its like, no torch.load, no unsafe YAML, no eval, no remote code."""
+    modules = re.compile(r"(_?pickle|cPickle|dill|marshal|shelve|joblib|cloudpickle)(\..*)?")
+    calls = re.compile(r"torch\.load|yaml\.(full_|unsafe_)?load|eval|exec|compile|allow_pickle|trust_remote_code")
+    found = []
+    for file in chaos.ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names, bad = [], modules
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+            elif isinstance(node, ast.Call):
+                names, bad = [ast.unparse(node.func), *(word.arg for word in node.keywords if word.arg)], calls
+            found += [f"{file.name}:{node.lineno}: {name}" for name in names if bad.fullmatch(name)]
+    assert found == []
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+SHORT = ("train.steps=4", "eval.every=3", "train.dump_every=2")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, warm) -> Path:
+    """Four steps without a break, with a checkpoint at each."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    finished(folder, warm, *SHORT, "train.save_every=1")
+    return folder
+
+
+def test_a_run_leaves_what_it_promises_and_learns_something(straight, killed_in_step_1):
+    assert [row["step"] for row in chaos.metrics(straight)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in chaos.metrics(straight) if "eval/accuracy" in row] == [0, 3, 4]
+    assert sorted(f.name for f in (straight / "samples").iterdir()) == [f"step_{n:06d}.jsonl" for n in (1, 2, 4)]
+    assert checkpoints(straight) == ["step_000003", "step_000004"]
+    weights = [f / "model.safetensors" for f in (straight / "model", killed_in_step_1 / "warm_start" / "model")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()  # else "equal weights" would say nothing below
+
+
+def repeat_a_line(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("r+") as file:
+        file.write(file.read().splitlines(keepends=True)[-1])
+
+
+def drop_a_line(run_dir: Path) -> None:
+    file = run_dir / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+
+
+def change_a_digit(run_dir: Path) -> None:
+    file = run_dir / "metrics.jsonl"
+    file.write_text(re.sub(r'("entropy": 0\.\d+)\d', r"\1", file.read_text(), count=1))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda run_dir: None, ""),
+        (repeat_a_line, "has the steps [0, 1, 2, 3, 4, 4]"),
+        (drop_a_line, "has the steps [1, 2, 3, 4]"),
+        (change_a_digit, "metrics.jsonl, step 1: entropy"),
+        (lambda run_dir: flip_a_byte(run_dir / "model" / "model.safetensors"), "model/model.safetensors differs"),
+        (lambda run_dir: flip_a_byte(run_dir / "samples" / "step_000002.jsonl"), "samples/step_000002.jsonl differs"),
+        (lambda run_dir: (run_dir / "samples" / "step_000003.jsonl").touch(), "samples/ has other files"),
+    ],
+)
+def test_the_comparison_of_two_runs_misses_nothing(change, words, straight, tmp_path):
+    other = shutil.copytree(straight, tmp_path / "run")
+    change(other)
+    found = chaos.differences(straight, other)
+    assert words in found[0] if words else found == []
+
+
+def test_a_run_that_is_stopped_and_resumed_at_every_turn_ends_as_the_straight_one(straight, warm, tmp_path):
+    """SIGTERM and Ctrl-C, in the first evaluation, while sampling, and in an update: it saves and exits with 75."""
+    folder, go_on = tmp_path / "run", (warm, *SHORT, "train.save_every=100", "resume=true")
+    for step, saved_step, spec in (
+        (0, 0, {"on": "generate", "does": "SIGTERM"}),
+        (2, 1, {"on": "generate", "does": "SIGINT", "step": 2}),  # nothing of step 2 is kept
+        (3, 3, {"on": "backward", "does": "SIGTERM", "step": 3, "n": 2}),  # step 3 is finished
+    ):
+        code, words = ran(folder, *go_on, **spec)
+        assert code == run.EXIT_STOPPED == 75, words
+        assert f"stopped: saved after step {saved_step} of 4; resume=true goes on" in words
+        assert f"{spec['does']}: stopping at the next safe place" in words and "Traceback" not in words
+        assert checkpoints(folder)[-1] == f"step_{saved_step:06d}", step
+    assert "going on after step 3" in finished(folder, *go_on)
+    assert chaos.differences(straight, folder) == []
+
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "config.yaml"}
+    assert "is finished: 4 steps" in finished(folder, *go_on)
+    assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "config.yaml"}
+    finished(folder, *go_on, "train.steps=5")
+    assert [row["step"] for row in chaos.metrics(folder)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_stopped_before_any_evaluation_can_be_ended_where_it_stands(warm, tmp_path):
+    folder = tmp_path / "run"
+    code, words = ran(folder, warm, "train.steps=4", on="backward", step=2, does="SIGTERM")
+    assert code == run.EXIT_STOPPED and "saved after step 2" in words
+    assert "done in" in finished(folder, warm, "train.steps=2", "resume=true")
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def test_a_second_signal_ends_a_run_that_does_not_come_to_a_safe_place(warm, tmp_path):
+    process = started(tmp_path / "run", warm, on="generate", step=1, does="hang")
+    log, deadline = tmp_path / "run.log", time.monotonic() + 60
+    while "held out" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(2.2)
+    assert process.exitcode is None and "stopping at the next safe place" in log.read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert chaos.exit_code(process, 20) == 128 + signal.SIGTERM
+
+
+def test_a_disk_that_is_too_small_ends_a_run_with_one_line_and_loses_nothing(straight, warm, tmp_path):
+    """A real limit on the size of files: first checkpoints do not fit, then, on the way out, not even the model."""
+    folder, go_on = tmp_path / "run", (warm, *SHORT, "train.save_every=2", "resume=true")
+
+    def stops(words_wanted: str, **spec) -> None:
+        code, words = ran(folder, *go_on, **spec)
+        assert code == run.EXIT_FAILED and "Traceback" not in words, words
+        said = [line for line in words.splitlines() if line.startswith("stopped: ")]
+        assert len(said) == 1 and words_wanted in said[0], words
+        assert not list((folder / "checkpoints").glob("*.tmp"))
+
+    stops("the checkpoint of step 2 could not be written", on="reward", step=2, does="small disk")
+    assert checkpoints(folder) == []
+    stops("the checkpoint of step 4 could not be written", on="reward", step=4, does="small disk")
+    assert checkpoints(folder) == ["step_000002"]
+    stops("No space left", on="file", part="metrics.jsonl", step=3, does="disk full")
+    stops("File too large", on="file", part="model", n=2, does="small disk")
+    assert checkpoints(folder) == ["step_000002", "step_000004"] and not (folder / "model").exists()
+    finished(folder, *go_on)
+    assert chaos.differences(straight, folder) == []
+
+
+def test_a_finished_warm_start_is_kept_when_rl_had_no_checkpoint_yet(killed_in_step_1, tmp_path):
+    folder = shutil.copytree(killed_in_step_1, tmp_path / "run")
+    before = {file: file.read_bytes() for file in (folder / "warm_start").rglob("*") if file.is_file()}
+    words = finished(folder, "train.steps=1", "resume=true")
+    assert "the warm start of this run is finished and kept" in words and "RL starts over" in words
+    assert before == {file: file.read_bytes() for file in (folder / "warm_start").rglob("*") if file.is_file()}
+    assert [row["step"] for row in chaos.metrics(folder)] == [0, 1]
+
+
+def test_a_run_does_not_go_on_with_another_reference_than_it_began_with(straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    policy, _ = load(folder / "model")
+    arguments = (config_of("resume=true"), folder, policy, train.make_optimizer(policy, train.TrainConfig()))
+    assert "started from has changed on disk" in refusal(train.resume, *arguments, "another hash")
+
+
+# --- the dry run --------------------------------------------------------------------------------------------------
+
+
+def dry_run(arguments: list[str]) -> None:
+    began = time.perf_counter()
+    chaos.child(None, [*arguments, "dry_run=true"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"took {time.perf_counter() - began:.1f} s and {peak:.2f} GiB")
+
+
+def test_a_dry_run_plans_a_7b_model_from_its_config_alone_and_writes_nothing(tmp_path):
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    sizes |= {"num_key_value_heads": 4, "vocab_size": 152_064, "max_position_embeddings": 32_768}
+    model = tmp_path / "model"
+    chain_tokenizer().save_pretrained(model)
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **sizes, "tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    before, log = sorted(tmp_path.rglob("*")), tmp_path / "log"
+
+    arguments = [*TINY, f"model.path={model}", "model.shard=8", f"run_dir={tmp_path / 'run'}"]
+    assert chaos.exit_code(chaos.fork(dry_run, (arguments,), 1, log), 60) == 0, log.read_text()
+    words = log.read_text()
+    assert sorted({*tmp_path.rglob("*")} - {log}) == before
+    assert "7,615,616,512 parameters" in words and "memory of each of 8 " in words
+    peak = float(re.search(r"peak +([\d.]+) GiB", words)[1])
+    assert 14 < peak < 60  # 16 bytes a parameter over 8 ranks, and the model gathered once
+    assert re.search(r"\d[b-z][-+*]\d\?", words)  # a prompt
+    seconds, gib = map(float, re.search(r"took ([\d.]+) s and ([\d.]+) GiB", words).groups())
+    assert seconds < 20 and gib < 2
+
+
+def test_a_dry_run_of_the_quickstart_needs_no_folder(tmp_path):
+    log = tmp_path / "log"
+    process = chaos.fork(dry_run, ([f"run_dir={tmp_path / 'run'}"],), 1, log)
+    assert chaos.exit_code(process, 60) == 0, log.read_text()
+    assert "nothing was written" in log.read_text() and [f.name for f in tmp_path.iterdir()] == ["log"]
