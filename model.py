@@ -42,7 +42,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from data import Draw, random_for, require_at_least
-from run import BadInput, all_reduce, on_first_rank, rank, world_size
+from run import BadInput, RunStopped, all_reduce, on_first_rank, rank, world_size
 
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
 
@@ -187,7 +187,11 @@ def save(model, tokenizer, folder: Path) -> None:
 def _write_model(model, weights, tokenizer, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
+    try:
+        model.save_pretrained(temporary, state_dict=weights)
+    except SafetensorError as error:  # its I/O errors are no OSErrors
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunStopped(f"the model could not be written to {folder}: {error}; make room, then resume=true") from error
     # Not through save_pretrained, which refuses some published generation configs as inconsistent.
     model.shipped_generation_config.to_json_file(temporary / "generation_config.json")
     tokenizer.save_pretrained(temporary)

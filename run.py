@@ -319,6 +319,7 @@ def flat(config: dict, prefix: str = "") -> dict:
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)
+    _flush(temporary)
     os.replace(temporary, file)
 
 
@@ -359,11 +360,12 @@ def _open_run_folder(config: dict) -> Path:
         in_use = run.is_dir() and any(path.name != "config.yaml.tmp" for path in run.iterdir())
         if in_use and not (config["resume"] or config["overwrite"]):
             raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
-        if in_use and not file.exists():
-            raise BadInput(f"run_dir {run} is not a run folder (no config.yaml): choose another run_dir=...")
+        saved = yaml.safe_load(file.read_text()) if file.exists() else None
+        if in_use and not (isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys()):
+            raise BadInput(f"run_dir {run} is not a run folder (no config.yaml of a run): choose another run_dir=...")
         if in_use and config["resume"]:
             header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
-            before, now = flat(yaml.safe_load(file.read_text())), flat(config)
+            before, now = flat(saved), flat(config)
             changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
             if changed:
                 diff = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
@@ -475,13 +477,18 @@ def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
     os.replace(temporary, final)
     _flush(final.parent)
     for old in (*sorted(final.parent.glob("step_*[0-9]"))[:-keep], *final.parent.glob("damaged_*")):
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            say(f"an old checkpoint could not be deleted: {error}")
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, by its manifest; None if nothing is."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if "state.json" not in manifest:
+            return "manifest.json does not list state.json"
         for name, expected in manifest.items():
             file = checkpoint / name
             if not file.exists():

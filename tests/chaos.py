@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from itertools import count, zip_longest
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def die() -> None:
         agent = os.getppid()
         for status in Path("/proc").glob("[0-9]*/stat"):
             pid = int(status.parent.name)
-            if int(status.read_text().rsplit(")", 1)[1].split()[1]) == agent and pid != os.getpid():
-                os.kill(pid, signal.SIGKILL)
+            with suppress(OSError):  # others' processes may end while they are looked at
+                if int(status.read_text().rsplit(")", 1)[1].split()[1]) == agent and pid != os.getpid():
+                    os.kill(pid, signal.SIGKILL)
         os.killpg(os.getpgid(agent), signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
