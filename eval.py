@@ -155,7 +155,8 @@ def describe(config, policy, device, n_train: int, n_held_out: int) -> str:
     settings = generation_settings(policy, s.max_new_tokens).to_diff_dict()
     settings.pop("transformers_version", None)
     return "\n".join((
-        f"{a.advantage}, beta {a.beta:g}, seed {config.seed}, into {config.run_dir}",
+        f"{a.advantage}{'' if a.advantage in OUTCOME_ONLY else f', beta {a.beta:g}'}, seed {config.seed}, "
+        f"into {config.run_dir}",
         f"model    {config.model.path or 'from scratch'}: {policy.config.model_type}, {policy.num_parameters():,} "
         f"parameters; {world_size()} x {device.type}, {torch.get_num_threads()} threads each",
         f"data     {config.data.source}: {n_train} training prompts, {n_held_out} held out for evaluation",
@@ -204,8 +205,7 @@ def summary(config, folder: Path, state: dict, seconds: float) -> str:
         ("response length, tokens", "eval/response_length", ".1f"),
     ):
         lines.append(f"  {name:<26} {first[key]:{form}} -> {last[key]:{form}}")
-    if state["best"]:
-        lines.append(f"  {'best accuracy':<26} {state['best']['eval/accuracy']:.3f} at step {state['best']['step']}")
+    lines.append(f"  {'best accuracy':<26} {state['best']['eval/accuracy']:.3f} at step {state['best']['step']}")
     return "\n".join([*lines, f"the model is in {folder / 'model'}; look at what it writes: python sample.py {folder}"])
 
 
@@ -215,9 +215,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="default: the run's eval.prompts")
     parser.add_argument("--seed", type=int, help="of the sampling; default: the run's")
     args = parser.parse_args()
-    model, tokenizer, config = open_run(args.run)
-    if not config:
+    if not (Path(args.run) / "config.yaml").exists():
         raise BadInput(f"{args.run} is not a run folder: it has no config.yaml, so no held-out prompts")
+    model, tokenizer, config = open_run(args.run)
     settings, data_config = SampleConfig(**config["sample"]), DataConfig(**config["data"])
     limit = context_left(model, settings.max_new_tokens, data_config.max_prompt_tokens)
     problems, prompts = encode_prompts(load_problems(data_config, config["seed"])[1], tokenizer, limit)

@@ -10,6 +10,7 @@ backward; for sampling the whole model is gathered once per rollout (`gathered`)
 """
 
 import hashlib
+import logging
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from transformers.utils import logging as transformers_logging
 from data import Draw, random_for, require_at_least
 from run import BadInput, RunStopped, all_reduce, on_first_rank, rank, world_size
 
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or a mistyped path brings a dozen lines of retries
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
 
 LOGITS_AT_ONCE = 2**24  # token_log_probs never holds more than this many logits: 64 MiB in fp32
@@ -108,6 +110,8 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
 
     `empty`: read config.json and the tokenizer alone and make the model on the meta device, shapes without memory.
     """
+    if (Path(path) / "config.yaml").exists() and (Path(path) / "checkpoints").exists():
+        raise BadInput(f"{str(path)!r} is a run folder: did you mean {str(Path(path) / 'model')!r}?")
     if not Path(path).is_dir() and (Path(path).is_absolute() or len(Path(path).parts) > 2 or Path(path).exists()):
         raise BadInput(f"{str(path)!r} is neither a folder with a model nor a Hub id (NAME or ORGANISATION/NAME)")
     options = {"dtype": torch.float32, "attn_implementation": attention}
@@ -123,7 +127,8 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
             model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"no causal language model could be loaded from {str(path)!r}: {reason}") from error
+        where = "" if Path(path).is_dir() else "there is no such folder here, and the Hub gave none: "
+        raise BadInput(f"no causal language model could be loaded from {str(path)!r}: {where}{reason}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
     return _prepare(model, tokenizer), tokenizer

@@ -358,11 +358,11 @@ def _open_run_folder(config: dict) -> Path:
     try:
         # A folder that was killed before it had its config.yaml holds nothing: it counts as empty.
         in_use = run.is_dir() and any(path.name != "config.yaml.tmp" for path in run.iterdir())
-        if in_use and not (config["resume"] or config["overwrite"]):
-            raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
         saved = yaml.safe_load(file.read_text()) if file.exists() else None
         if in_use and not (isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys()):
             raise BadInput(f"run_dir {run} is not a run folder (no config.yaml of a run): choose another run_dir=...")
+        if in_use and not (config["resume"] or config["overwrite"]):
+            raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
         if in_use and config["resume"]:
             header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
             before, now = flat(saved), flat(config)

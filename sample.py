@@ -262,7 +262,7 @@ def open_run(path: str):
     if file.exists():
         config, path = yaml.safe_load(file.read_text()), str(Path(path) / "model")
         if not Path(path).is_dir():
-            raise BadInput(f"{path} is not there: the run's training has not ended")
+            raise BadInput(f"{path} is not there: the run's training has not ended; resume=true goes on with it")
     settings = ModelConfig(**config.get("model", {}))
     model, tokenizer = load(path, settings.attention)
     choose_threads(model.num_parameters())
@@ -319,7 +319,7 @@ def main() -> None:
             print(f"prompt     {problems[i].prompt}\nresponse   {text}")
             print(f"reference  {problems[i].reference}\nverdict    {verdict.score}: {verdict.reason}")
         else:
-            print(args.prompt + text)
+            print(f"prompt     {args.prompt}\nresponse   {text}")
 
 
 if __name__ == "__main__":

@@ -113,8 +113,10 @@ class Config:
                 f"train.mini_batch_size={t.mini_batch_size} does not divide into micro-batches of "
                 f"train.micro_batch_size={t.micro_batch_size}"
             )
-        if t.prompts_per_step > self.data.train_size or self.eval.prompts > self.data.held_out_size:
-            raise ValueError("train.prompts_per_step exceeds data.train_size, or eval.prompts data.held_out_size")
+        if t.prompts_per_step > self.data.train_size:
+            raise ValueError(f"train.prompts_per_step={t.prompts_per_step} > data.train_size={self.data.train_size}")
+        if self.eval.prompts > self.data.held_out_size:
+            raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={self.data.held_out_size}")
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -275,6 +277,9 @@ def resume(config: Config, folder: Path, policy, optimizer, start_hash: str | No
 
 def main() -> None:
     started = time.perf_counter()
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__, "Keys, explained in the dataclasses at the top of each file:", *run.all_keys(Config), sep="\n  ")
+        return
     config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = run.start_processes(config.train.timeout_minutes)
     run.catch_signals()
@@ -323,6 +328,7 @@ def train(
     if state["before"] is None:
         run.watch(t.timeout_minutes)
         state["before"] = evaluation()
+        state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
         say(eval_line(state["before"]))
 
@@ -396,7 +402,7 @@ def train(
             state["after"] = evaluation()
             metrics |= state["after"]
             say(eval_line(metrics))
-            if state["best"] is None or metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
+            if metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
                 state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", metrics)
         state |= {"step": step, "position": places.stop}

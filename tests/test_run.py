@@ -114,7 +114,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("train.prompts_per_step=3 sample.group_size=4", "3 prompts x 4 samples = 12 responses do not divide"),
         ("train.micro_batch_size=5", "does not divide into micro-batches"),
         ("train.prompts_per_step=0", "prompts_per_step=0 must be at least 1"),
-        ("data.train_size=8", "train.prompts_per_step exceeds data.train_size"),
+        ("data.train_size=8", "train.prompts_per_step=16 > data.train_size=8"),
         ("sample.group_size=1", "group_size=1"),
         ("sample.temperature=-1", "temperature=-1.0 must be positive"),
         ("sample.temperature=0", "temperature=0.0 must be positive"),
