@@ -169,7 +169,7 @@ def describe(config, policy, device, n_train: int, n_held_out: int) -> str:
 
 def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
     """The first prompts exactly as the model will see them, and the memory plan of each rank."""
-    t, s, a = config.train, config.sample, config.algorithm
+    t, s = config.train, config.sample
     shown = [f"prompt {i + 1}: {tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])]
     ranks = max(world_size(), config.model.shard * config.model.replicate)
     on_gpu = torch.cuda.is_available() or bool(config.model.path)  # a plan for a saved model is one for GPUs
@@ -182,7 +182,7 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
         sampled_rows=min(s.batch_size, -(-t.prompts_per_step * s.group_size // ranks)),
         trained_rows=min(t.micro_batch_size, -(-t.mini_batch_size // ranks)),
         response_tokens=s.max_new_tokens,
-        has_reference=a.beta != 0 and a.advantage not in OUTCOME_ONLY,
+        has_reference=config.needs_reference,
     )
     table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
     return "\n".join(

@@ -118,6 +118,10 @@ class Config:
         if self.eval.prompts > self.data.held_out_size:
             raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={self.data.held_out_size}")
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm.beta != 0 and self.algorithm.advantage not in OUTCOME_ONLY
+
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
@@ -240,7 +244,6 @@ def start_models(config: Config, folder: Path, device, policy, tokenizer, proble
 
     The reference comes from model.path or the finished warm start, never from weights that RL has touched.
     """
-    has_reference = config.algorithm.beta != 0 and config.algorithm.advantage not in OUTCOME_ONLY
     start, attention = config.model.path or folder / "warm_start" / "model", config.model.attention
     warm = not config.model.path and not start.exists()
     if not config.model.path and not warm:
@@ -249,7 +252,7 @@ def start_models(config: Config, folder: Path, device, policy, tokenizer, proble
     policy = model.shard(policy, config.model, device)
     if warm:
         warm_start(config, policy, tokenizer, problems, prompts, folder / "warm_start")
-    if not has_reference:
+    if not config.needs_reference:
         return policy, None, None
     reference = model.frozen(model.load(start, attention)[0])
     start_hash = model.weights_hash(reference)
@@ -356,10 +359,10 @@ def train(
         # 3. Log-probs.
         with timed(seconds, "time/log_probs"):
             old_log_probs, entropy = model.rollout_log_probs(policy, learned, s.temperature, t.micro_batch_size)
-            ref_log_probs, _ = (
-                (old_log_probs, None)  # a log-ratio of 0 everywhere: no step term
+            ref_log_probs = (
+                old_log_probs  # a log-ratio of 0 everywhere: no step term
                 if reference is None
-                else model.rollout_log_probs(reference, learned, s.temperature, t.micro_batch_size)
+                else model.rollout_log_probs(reference, learned, s.temperature, t.micro_batch_size)[0]
             )
 
         # 4. Advantage.
@@ -406,10 +409,9 @@ def train(
                 state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", metrics)
         state |= {"step": step, "position": places.stop}
-        stopping = run.stop_requested()
-        if step % t.save_every == 0 or step == t.steps or stopping:
+        if step % t.save_every == 0 or step == t.steps:
             run.save_checkpoint(folder, step, policy, optimizer, state, t.keep_checkpoints)
-        if stopping and step < t.steps:
+        if run.stop_requested():
             break
 
     if state["step"] < t.steps:
