@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 
@@ -55,16 +55,23 @@ transformers_logging.disable_progress_bar()  # a bar per loaded file would bury 
 LOGITS_AT_ONCE = 2**24  # token_log_probs never holds more than this many logits: 64 MiB in fp32
 PASSES = 4  # in which token_log_probs runs the responses of a micro-batch, by length: fewer pad more, more start more
 
+SCRATCH = {  # the model that is built when model.path names none: 170k parameters
+    "model_type": "qwen2",
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+
 
 @dataclass
 class ModelConfig:
-    path: str = ""  # folder or Hub id of a saved model; empty: build one from the fields below and warm it up
-    architecture: str = "qwen2"  # from scratch: qwen2 or llama
-    hidden_size: int = 96  # from scratch
-    intermediate_size: int = 192  # from scratch
-    num_layers: int = 2  # from scratch
-    num_heads: int = 4  # from scratch
-    num_kv_heads: int = 2  # from scratch: heads of keys and values
+    path: str = ""  # folder or Hub id of a saved model; empty: build one and warm it up
+    scratch: dict = field(default_factory=dict)  # from scratch: keys of a transformers config that differ from SCRATCH
     attention: str = "sdpa"  # attention implementation of transformers: sdpa, eager, flash_attention_2
     dtype: str = "bfloat16"  # of compute on a GPU: bfloat16 or float32; master weights and reductions are always fp32
     gradient_checkpointing: bool = False  # keep one activation per layer and recompute the rest in the backward pass
@@ -73,37 +80,26 @@ class ModelConfig:
     replicate: int = 1  # copies of the weights (HSDP): with several nodes, shard inside a node, replicate across
 
     def __post_init__(self):
-        require_at_least(1, self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         require_at_least(0, self, "shard")
         require_at_least(1, self, "replicate")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is not known: choose bfloat16 or float32")
-        if self.architecture not in ("qwen2", "llama"):
-            raise ValueError(f"architecture={self.architecture!r} is not known: choose qwen2 or llama")
-        if self.hidden_size % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 2 x num_heads={self.num_heads} (rotary "
-                f"embeddings pair dimensions), and num_heads of num_kv_heads={self.num_kv_heads}"
-            )
 
 
 def build(config: ModelConfig, tokenizer, seed: int):
-    """A randomly initialised model of the configured size for this tokenizer."""
-    hf_config = AutoConfig.for_model(
-        config.architecture,
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=1024,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    """A randomly initialised model of `config.scratch` for this tokenizer. Raises BadInput where there is no such."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings, known = SCRATCH | config.scratch, {}
+    try:
+        known = AutoConfig.for_model(settings["model_type"]).to_dict()
+        hf_config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **ids, **settings})
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(hf_config)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"model.scratch={config.scratch}: transformers cannot build that: {reason}") from error
+    if unknown := sorted(settings.keys() - known.keys() - {"model_type"}):
+        raise BadInput(f"model.scratch: {settings['model_type']} has no {unknown[0]!r}")
     with torch.random.fork_rng(devices=[]):  # initialisation is the one user of torch's global generator
         torch.manual_seed(int(random_for(seed, Draw.WEIGHTS).integers(2**31)))
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attention)

@@ -69,18 +69,16 @@ class TrainConfig:
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
-    warm_start_batch_size: int = 32
-    warm_start_learning_rate: float = 4e-3
 
     def __post_init__(self):
         require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_tokens", "epochs")
-        require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every", "warm_start_batch_size")
+        require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every")
         require_at_least(0, self, "warmup_steps", "warm_start_clean_steps", "warm_start_noisy_steps", "weight_decay")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={self.schedule!r}: choose constant, linear or cosine")
         if self.old_log_probs not in ("recompute", "sampler"):
             raise ValueError(f"old_log_probs={self.old_log_probs!r}: choose recompute or sampler")
-        for name in ("learning_rate", "warm_start_learning_rate", "max_grad_norm", "timeout_minutes"):
+        for name in ("learning_rate", "max_grad_norm", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
@@ -122,6 +120,7 @@ class Config:
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+WARM_START_BATCH, WARM_START_LEARNING_RATE = 32, 4e-3  # demonstrations per supervised step
 MAXIMA = ("ratio/max", "sampler_gap")  # statistics whose whole is the largest part; all others are sums
 MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
 
@@ -203,7 +202,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
     """
     run.fresh_folder(folder)
     t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
-    demonstrate, size = data.DEMONSTRATORS[config.data.source], t.warm_start_batch_size
+    demonstrate, size = data.DEMONSTRATORS[config.data.source], WARM_START_BATCH
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
         bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
         for step in bar:
@@ -213,7 +212,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
             noise = [random_for(config.seed, Draw.DEMONSTRATE, p) if stage == "noisy" else None for p in places]
             texts = [demonstrate(problems[i].prompt, source) for i, source in zip(batch, noise, strict=True)]
             rollout = Rollout.of_texts([prompts[i] for i in batch], texts, tokenizer)
-            lr = scale * learning_rate(step, steps, t.warm_start_learning_rate, min(50, steps // 5), "cosine")
+            lr = scale * learning_rate(step, steps, WARM_START_LEARNING_RATE, min(50, steps // 5), "cosine")
             losses = imitation_losses(policy, rollout, t.micro_batch_tokens)
             stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
             check_refused(state, stats, step)

@@ -28,6 +28,7 @@ from run import BadInput
 from sample import Rollout, SampleConfig, sample
 
 V = len(chain_tokenizer())
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
 built = pytest.mark.parametrize("kind", ["qwen2", "llama"])
 kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
 
@@ -183,7 +184,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, tokens, share):
 
 @built
 def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind):
-    config, state = ModelConfig(hidden_size=32, intermediate_size=64, architecture=kind), torch.random.get_rng_state()
+    config, state = ModelConfig(scratch=SMALL | {"model_type": kind}), torch.random.get_rng_state()
     a, b, c = (build(config, chain_tokenizer(), seed) for seed in (5, 5, 6))
     assert torch.random.get_rng_state().equal(state)
     assert a.config.model_type == kind and not a.training and a.dtype == torch.float32
@@ -193,11 +194,27 @@ def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind
     assert not any(p.requires_grad for p in frozen(a).parameters())
 
 
+@pytest.mark.parametrize(
+    ("scratch", "complaint"),
+    [
+        ({"hidden_sise": 32}, "qwen2 has no 'hidden_sise'"),
+        ({"model_type": "qwen9"}, "cannot build"),
+        ({"model_type": "t5"}, "cannot build"),
+        ({"hidden_size": 30}, "cannot build"),
+        ({"hidden_size": "big"}, "cannot build"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(scratch, complaint):
+    with pytest.raises(BadInput, match=complaint) as error:
+        build(ModelConfig(scratch=scratch), chain_tokenizer(), 0)
+    assert "\n" not in str(error.value) and "model.scratch" in str(error.value)
+
+
 def test_a_model_that_cannot_stop_or_transforms_its_logits_is_refused(tmp_path):
     tokenizer = chain_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(BadInput, match="end-of-sequence"):
-        build(ModelConfig(hidden_size=32, intermediate_size=64), tokenizer, 0)
+        build(ModelConfig(scratch=SMALL), tokenizer, 0)
     with pytest.raises(BadInput, match="logits_scaling"):
         load(saved(hf_model("granite", **LLAMA, logits_scaling=8.0), tmp_path))
 

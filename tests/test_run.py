@@ -125,7 +125,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("algorithm.keep_accuracy=[0.8, 0.2]", "keep_accuracy"),
         ("reward.grader=oracle", "grader='oracle' is not known"),
         ("data.source=moon", "source='moon' is not known"),
-        ("model.num_kv_heads=3", "num_heads"),
+        ("model.scratch=3", "model.scratch must be of type dict, not 3"),
         ("model.dtype=int8", "dtype='int8' is not known"),
         ("train.steps=[", "cannot read the value of 'train.steps=['"),
         ("one.yaml two.yaml", "usage"),

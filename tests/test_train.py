@@ -180,7 +180,8 @@ def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode, 
 
 
 def tiny_policy():
-    return model.build(model.ModelConfig(hidden_size=32, intermediate_size=32), chain_tokenizer(), seed=0)
+    small = model.ModelConfig(scratch={"hidden_size": 32, "intermediate_size": 32})
+    return model.build(small, chain_tokenizer(), seed=0)
 
 
 def test_a_non_finite_gradient_changes_nothing_and_several_in_a_row_stop_the_run():
