@@ -120,7 +120,6 @@ _GROUP = r"\{[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*\}"
 _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"),
     (r'"', ""),
-    (r"\\boxed\s*\{([^{}]*)\}", r"\1"),
     *[
         (
             r"\\(?:text|mathrm|mbox|operatorname)(?:bf|it|rm|sf|tt)?\s*\{([^{}]*)\}|\\math(?:bf|it|sf)\s*\{([^{}]*)\}",
@@ -163,7 +162,8 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r'^"([^"]*\d[^"]*|\([^"]\))"$', r"\1"),  # words stay quoted
     (r"(?<=.)\\(?:approx|simeq)(?![A-Za-z]).*", ""),
     (r"\\mathbb\{R\}|\\Reals", r"(-\\infty,\\infty)"),
-    (r"^(?:=|\\approx)|[ .;:]+$", ""),
+    (r"(?<![\w\\}\]^])\{(-|[\w.]+)\}", r"\1"),
+    (r"^(?:=|\\approx)|(?<!\.)\.$|[ ;:]+$", ""),
 ]
 _SPELLING = [(re.compile(pattern, re.DOTALL), to) for pattern, to in _SPELLING]
 
@@ -180,7 +180,7 @@ def spelled(answer: str) -> str:
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
 _RATIONALS = [
-    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:(?:[eE]|(?:\\times|\\cdot) ?10\^\{{)(?P<power>[+-]?\d{{1,3}})\}}?)?"),
+    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:(?:e(?!\+)|(?:\\times|\\cdot) ?10\^\{{)(?P<power>[+-]?\d{{1,3}})\}}?)?"),
     re.compile(rf"([+-]?)(?P<whole>\d+)? ?(?:\\frac\{{(?P<n>[+-]?{_DECIMAL})\}}\{{(?P<d>[+-]?{_DECIMAL})\}})"),
     re.compile(rf"([+-]?)(?:(?P<whole>\d+) )?(?P<n>{_DECIMAL})/(?P<d>{_DECIMAL})"),
     re.compile(r"([+-]?)(?P<n>\d*\.\d*)\\overline\{(?P<repeated>\d+)\}"),
@@ -225,7 +225,7 @@ def without_unit(answer: str) -> tuple[str, str]:
         return answer, ""
     if re.search(r"[A-Za-z_]", re.sub(r'"[^"]*"|\\circ', "", match[2])) and rational(match[1]) is None:
         return answer, ""
-    return match[1], re.sub(r'[" {}~]', "", match[2])
+    return match[1], re.sub(r'[" {}]', "", match[2].replace(r"^\circ", "degree"))
 
 
 def same_unit(a: str, b: str) -> bool:
@@ -408,6 +408,8 @@ def grade_answer(text: str, reference, symbolic: bool, literal: bool = True) -> 
     published = last_box(published) or published
     if box is None:
         return 0.0, "no box"
+    while inner := bracketed(box.strip(), r"\\boxed\s*\{", r"\}"):
+        box = inner[1]
     if len(box) > max(LONGEST, 2 * len(published)):
         return 0.0, f"the answer is longer than {LONGEST} characters"
     if spelled(box) and gold.same(spelled(published), spelled(box)):
@@ -450,7 +452,7 @@ def check_text(answer: str) -> None:
     large_binomial = any(
         re.search(r"\d{4}|[\^!]", match[0]) for match in re.finditer(rf"\\binom{_GROUP}{_GROUP}", answer)
     )
-    if len(answer) > 300 or deepest > 20 or large_binomial:
+    if len(answer) > 300 or deepest > 10 or answer.count("|") > 4 or large_binomial:
         raise Unreadable("too large")
     plain = re.sub(r"_\{\w*\}|\\[A-Za-z]+", "|", answer)
     if (
@@ -499,7 +501,10 @@ def parsed(answer: str):
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not an expression")
     check_size(tree)
-    return tree.subs(sympy.Symbol("i", real=True), sympy.I).doit()
+    unknown = {
+        f: sympy.Symbol(str(f)) for f in tree.atoms(sympy.core.function.AppliedUndef)
+    }  # u(t): as good as a letter
+    return tree.subs({**unknown, sympy.Symbol("i", real=True): sympy.I}).doit()
 
 
 def equal_expressions(gold: str, answer: str, tolerance: float | None = None) -> bool:
