@@ -117,16 +117,15 @@ _SIGNS = str.maketrans(
 )
 _ARGUMENT = r"(\d|[A-Za-z]|\\[A-Za-z]+)"
 _GROUP = r"\{[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*\}"
+_TEXT = (
+    r"\\(?:text|math|mbox|operatorname)(?:bf|it|rm|sf|tt)?\s*\{([^{}]*)\}",
+    lambda match: '"' + match[1].replace('"', "") + '"' if match[1] != "R" else match[0],
+)
 _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"),
     (r'"', ""),
-    *[
-        (
-            r"\\(?:text|mathrm|mbox|operatorname)(?:bf|it|rm|sf|tt)?\s*\{([^{}]*)\}|\\math(?:bf|it|sf)\s*\{([^{}]*)\}",
-            lambda match: '"' + (match[1] or match[2] or "").replace('"', "") + '"',
-        )
-    ]
-    * 2,
+    *(_TEXT, _TEXT),  # one in the other
+    (r'^"[^"]*(?:\b(?:is|are)|[=:]) *"', ""),  # the answer is
     (r"\\(?:left|right) ?\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|qquad)(?![A-Za-z])", " "),
     (r"\{,\}", ","),
     (r"\\!", ""),
@@ -140,6 +139,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"\\gt(?![A-Za-z])", ">"),
     (r"\\neq(?![A-Za-z])", r"\\ne "),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"^\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?::|\||\\mid(?![a-z]))(.*)\\\}$", r"\1"),  # {x: x > 2}
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset "),
     (r"[\(\[] ?\\begin ?\{array\} ?\{[^{}]*\}(.*)\\end ?\{array\} ?[\)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"\\begin ?\{bmatrix\}(.*)\\end ?\{bmatrix\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
@@ -237,8 +237,8 @@ def same_unit(a: str, b: str) -> bool:
 # --- comparing answers --------------------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil", r"\begin"}, {")", "]", "}", r"\}", r"\rfloor", r"\rceil"}
-_NAME = re.compile(
-    r"(?!.*\\(?:frac|sqrt|pi|cdot|times|emptyset|infty))[A-Za-z\\][A-Za-z\\ ]*'*(?:\([A-Za-z, ]*\))?|\(\w(,\w)+\)"
+_NAME = re.compile(  # x, f(2), \angle ABC, \overline{AB}, Area, (x,y)
+    r"(?!.*\\(?:frac|sqrt|pi|cdot|times|emptyset|infty))[A-Za-z\\][A-Za-z\\ {}]*'*(?:\([^()]*\))?|\(\w(?:,\w)+\)"
 )
 
 
@@ -300,7 +300,9 @@ def region(answer: str) -> tuple[str, str]:
 def values(answer: str) -> tuple[str, list[str]]:
     """(name, the sides that give it) of a spelled `name = value = ...`; ("", [answer]) otherwise."""
     name, *sides = split(answer, "=")
-    return (name, sides) if sides and _NAME.fullmatch(re.sub(r"_(?:\{[^{}]*\}|\w)", "", name)) else ("", [answer])
+    name = name.replace('"', "")
+    bare = re.sub(r"_(?:\{[^{}]*\}|\w)|\^\{-1\}", "", name)  # of a_{n+1}, of f^{-1}(x)
+    return (name, sides) if sides and _NAME.fullmatch(bare) else ("", [answer])
 
 
 @dataclass(frozen=True)
@@ -369,26 +371,24 @@ class Gold:
             golds, answers = ([row.split("&") for row in m[1].removesuffix(r"\\").split(r"\\")] for m in matrices)
             same_shape = [len(row) for row in golds] == [len(row) for row in answers]
             return same_shape and self._in_order([c for row in golds for c in row], [c for row in answers for c in row])
-        brackets = [bracketed(side) for side in (gold, answer)]
-        golds, answers = (
-            split(b[1], ",", ";") if b else [side] for b, side in zip(brackets, (gold, answer), strict=True)
-        )
+        brackets = [bracketed(side) or ("", side, "") for side in (gold, answer)]
+        golds, answers = (split(inside, ",", ";") if opened else [inside] for opened, inside, _ in brackets)
         if len(golds) > 1 or len(answers) > 1:
-            return all(brackets) and brackets[0][::2] == brackets[1][::2] and self._in_order(golds, answers)
+            return brackets[0][::2] == brackets[1][::2] and self._in_order(golds, answers)
         return self._same_value(gold, answer)
 
     def _same_value(self, gold: str, answer: str) -> bool:
         gold, gold_unit = without_unit(gold)
         answer, unit = without_unit(answer)
-        gold_unit = gold_unit or without_unit("1 " + spelled(self.unit))[1] if self.unit else gold_unit
+        if self.unit and not gold_unit:
+            gold_unit = without_unit("1 " + spelled(self.unit))[1]
         if gold_unit and unit and not same_unit(gold_unit, unit):
             return False
         gold, answer = (b[1] if (b := bracketed(side, r"\(", r"\)")) else side for side in (gold, answer))
         g, a = rational(gold), rational(answer)
         if g is not None and a is not None:
-            scales = (
-                {1, Fraction(1, 100) if unit == "%" else 100} if "%" in (gold_unit + unit).replace("%%", "") else {1}
-            )
+            one_percent = (gold_unit == "%") != (unit == "%")
+            scales = (1, Fraction(1, 100) if unit == "%" else 100) if one_percent else (1,)
             return any(abs(g - a * scale) <= Fraction(str(self.tolerance or 0)) for scale in scales)
         words = [plain_text(side).lower() for side in (gold, answer)]
         if words[0] == words[1] and re.fullmatch(r"[a-z'.-]{3,}", words[0]):
@@ -449,9 +449,8 @@ def check_text(answer: str) -> None:
     for token in re.findall(r"\\[A-Za-z]+|\\.|[^\\]", answer):
         depth += (token in _OPEN) - (token in _CLOSE)
         deepest = max(deepest, depth)
-    large_binomial = any(
-        re.search(r"\d{4}|[\^!]", match[0]) for match in re.finditer(rf"\\binom{_GROUP}{_GROUP}", answer)
-    )
+    binomials = re.findall(rf"\\binom{_GROUP}{_GROUP}", answer)  # the parser evaluates them
+    large_binomial = any(re.search(r"\d{4}|[\^!]", binomial) for binomial in binomials)
     if len(answer) > 300 or deepest > 10 or answer.count("|") > 4 or large_binomial:
         raise Unreadable("too large")
     plain = re.sub(r"_\{\w*\}|\\[A-Za-z]+", "|", answer)
@@ -501,10 +500,8 @@ def parsed(answer: str):
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not an expression")
     check_size(tree)
-    unknown = {
-        f: sympy.Symbol(str(f)) for f in tree.atoms(sympy.core.function.AppliedUndef)
-    }  # u(t): as good as a letter
-    return tree.subs({**unknown, sympy.Symbol("i", real=True): sympy.I}).doit()
+    unknown = tree.atoms(sympy.core.function.AppliedUndef)  # u(t), as good as a letter
+    return tree.subs({**{f: sympy.Symbol(str(f)) for f in unknown}, sympy.Symbol("i", real=True): sympy.I}).doit()
 
 
 def equal_expressions(gold: str, answer: str, tolerance: float | None = None) -> bool:

@@ -1,4 +1,5 @@
 """The math graders: what counts as equal, what must not, what must not hurt; and the workers that do the comparing."""
+# ruff: noqa: RUF001 (ambiguous characters are the point)
 
 import json
 import math
@@ -112,7 +113,7 @@ even | \text{even}
 2^{100} | 1267650600228229401496703205376
 720 | 6!
 1:2 | 1 : 2
-−3 | -3
+−3|-3
 π | \pi
 ½ | 0.5
 2√13 | 2\sqrt{13}
@@ -122,6 +123,17 @@ even | \text{even}
 x^{10} | x^10
 2\pi | 2*pi
 12 | \boxed{12}
+5 | \text{Area} = 5
+5 | \text{The answer is } 5
+(2,\infty) | \{x \mid x > 2\}
+(2,\infty) | \{x \in \mathbb{R} : x > 2\}
+\frac{x-1}{2} | f^{-1}(x) = \frac{x}{2}-\frac12
+0.3 | P(X=2) = \frac{3}{10}
+60 | \angle ABC = 60^\circ
+5 | \overline{AB}=5
+12:30 | 12:30\text{ PM}
+0.001 | 10^{-3}
+\text{no solution} | No solution
 """
 DIFFERENT = r"""
 (1,2) | (2,1)
@@ -175,6 +187,9 @@ x | |x|
 7 | 5,6,7,8
 7 | 5 or 7
 7 | 5=7
+7 | 5=7=7
+7 | \text{not } 7
+5 | 2x=5
 7 | x=5=7
 7 | 7 8
 7 | 7x
