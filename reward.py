@@ -57,9 +57,10 @@ class RewardConfig:
     overlong_buffer: int = 0  # tokens before sample.max_new_tokens over which the reward falls by up to 1; 0: off
 
     def __post_init__(self):
-        for name in [self.grader] * bool(self.grader) + list(self.bonus):
-            check_grader(name)
+        if self.grader:
+            check_grader(self.grader)
         for name, weight in self.bonus.items():
+            check_grader(name, "bonus")
             if type(weight) not in (int, float) or not math.isfinite(weight):
                 raise ValueError(f"bonus={self.bonus!r}: the weight of {name} must be a number")
         if self.overlong_buffer < 0:
@@ -555,12 +556,12 @@ IN_WORKER = {"math"}  # graders that may hang: they run in a killable process
 IN_THREAD = IN_WORKER  # graders that leave the work to another process: as many at once as there are cores
 
 
-def check_grader(name: str) -> None:
+def check_grader(name: str, key: str = "grader") -> None:
     """Raise ValueError if there is no such grader, or if it needs a package that is not installed."""
     if name not in GRADERS:
-        raise ValueError(f"grader={name!r} is not known: choose one of {', '.join(GRADERS)}")
+        raise ValueError(f"{key}={name!r} is not known: choose one of {', '.join(GRADERS)}")
     if name == "math" and not all(map(importlib.util.find_spec, ("math_verify", "latex2sympy2_extended"))):
-        raise ValueError("grader='math' needs a package that is not installed: pip install math-verify")
+        raise ValueError(f"{key}='math' needs a package that is not installed: pip install math-verify")
 
 
 def grade_one(grader: str, text: str, reference) -> Verdict:

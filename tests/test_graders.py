@@ -113,7 +113,7 @@ even | \text{even}
 2^{100} | 1267650600228229401496703205376
 720 | 6!
 1:2 | 1 : 2
-−3|-3
+−3 | -3
 π | \pi
 ½ | 0.5
 2√13 | 2\sqrt{13}
@@ -618,7 +618,7 @@ def test_shaped_rewards_add_bonuses_and_the_soft_overlong_penalty():
     ("settings", "words"),
     [
         ({"grader": "maths"}, "grader='maths' is not known"),
-        ({"bonus": {"box": 0.1}}, "grader='box' is not known"),
+        ({"bonus": {"box": 0.1}}, "bonus='box' is not known"),
         ({"bonus": {"boxed": "much"}}, "the weight of boxed must be a number"),
         ({"bonus": {"boxed": math.inf}}, "the weight of boxed must be a number"),
         ({"overlong_buffer": -1}, "must not be negative"),
