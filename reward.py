@@ -14,12 +14,13 @@ symbolic equality, in worker processes that are killed when an answer takes too 
     2/4, 0.50, 1e2, 1\\frac34        equal 1/2, 1/2, 100, 7/4: values are compared, not their form
     0.333333 against 1/3            0: exact, unless the reference gives a tolerance
     10\\% against 10 or 0.1          1: a percentage equals its face value or a hundredth; of two, the face values count
-    90^\\circ, 5\\text{ cm}, \\$5      a unit may be left out, not exchanged: 5 m against 5 cm is 0
+    90^\\circ, 5\\text{ cm}, \\$5      a unit may be left out, not exchanged: 5\\text{ m} against 5\\text{ cm} is 0
     2,3 against 3,2 or \\{2,3\\}      1: order counts inside (), [) and matrices only, and (2,3) is no such list
     1,234                           one number; in brackets, or where the reference says `multiple`, two
     x=5 against 5                   1, either way round; y=5 against x=5 is 0
     x>2 against (2,\\infty)          1: an inequality for one name is its interval
-    1:2 against 1/2, 101_2 against 5   0: a ratio, and a number with a base, equal their like only
+    1:2 against 1/2                 0: a ratio equals a ratio only
+    101_2 against 5, or 101_3       0; the base may be left out, like a unit
     Monday, (A)                     as text; case counts in single letters only
 """
 
@@ -126,6 +127,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"),
     (r'"', ""),
     *(_TEXT, _TEXT),  # one in the other
+    (r'_\s*\{"\s*(\w*)\s*"\}', r"_{\1}"),
     (r'^"[^"]*(?:\b(?:is|are)|[=:]) *"', ""),  # the answer is
     (r"\\(?:left|right) ?\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|qquad)(?![A-Za-z])", " "),
     (r"\{,\}", ","),
@@ -148,7 +150,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"(?<=[\)\]\}]) ?U ?(?=[\(\[\\])", r"\\cup "),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (rf"(?<![\\A-Za-z])({_FUNCTIONS}|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
+    (rf"(?<![\\A-Za-z])(?:np\.)?({_FUNCTIONS}|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\^ ?\{ ?\\circ ?\}|\\degree(?![A-Za-z])", r"^\\circ "),
@@ -411,7 +413,7 @@ def grade_answer(text: str, reference, symbolic: bool, literal: bool = True) -> 
         return 0.0, "no box"
     while inner := bracketed(box.strip(), r"\\boxed\s*\{", r"\}"):
         box = inner[1]
-    if len(box) > max(LONGEST, 2 * len(published)):
+    if len(box) > max(LONGEST, 3 * len(published)):
         return 0.0, f"the answer is longer than {LONGEST} characters"
     if spelled(box) and gold.same(spelled(published), spelled(box)):
         return 1.0, "right"
@@ -477,7 +479,7 @@ def check_size(tree) -> None:
             digits = abs(sympy.log(abs(node.base.evalf(5)), 10).evalf(5)) if node.base.is_number else 10
             if node.base != 0 and abs(node.exp.evalf(5)) * max(digits, 1) > 5000:
                 raise Unreadable("too large")
-        if node.func in (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative):
+        if node.func in (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
             raise Unreadable("not an expression")
 
 
@@ -491,6 +493,11 @@ def parsed(answer: str):
         return sympy.Rational(value.numerator, value.denominator)
     if re.search(rf"\\(?:{_FUNCTIONS})", answer):
         answer = answer.replace(r"^\circ", r"\cdot \frac{\pi}{180}")
+    answer = re.sub(
+        r"([A-Za-z])('+|\^\{(?:\\prime ?)+\})",
+        lambda m: m[1] + "_{" + "prime" * len(re.findall(r"'|p", m[2])) + "}",
+        answer,
+    )
     check_text(answer)
     answer = _MIXED.sub(lambda m: f"({m[1]}+{m[2]})" if 0 < int(m[3]) < int(m[4]) else m[0], answer)
     answer = re.sub(r"([\d)])(?= ?(?:[(\[{]|\\frac))|(\))(?= ?\d)", r"\1\2\\cdot ", answer)  # it would add 2(3)
@@ -501,7 +508,7 @@ def parsed(answer: str):
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not an expression")
     check_size(tree)
-    unknown = tree.atoms(sympy.core.function.AppliedUndef)  # u(t), as good as a letter
+    unknown = tree.atoms(sympy.core.function.AppliedUndef, sympy.Derivative)  # u(t), dx/dt: as good as letters
     return tree.subs({**{f: sympy.Symbol(str(f)) for f in unknown}, sympy.Symbol("i", real=True): sympy.I}).doit()
 
 

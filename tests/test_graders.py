@@ -133,6 +133,10 @@ x^{10} | x^10
 5 | \overline{AB}=5
 12:30 | 12:30\text{ PM}
 0.001 | 10^{-3}
+y^{\prime}+r y=0 | 2y'+2ry=0
+\frac{d x}{d t}=k x-a | \dfrac{dx}{dt} + a = kx
+\lambda_{\text{red}}/\sqrt{2} | \frac{\sqrt2}{2}\lambda_{red}
+np.arcsin(10/13) | \arcsin\frac{10}{13}
 \text{no solution} | No solution
 """
 DIFFERENT = r"""
@@ -175,6 +179,9 @@ x+1 | y+1
 RC | rc
 a | A
 P' | P
+y'' | y'
+\frac{dx}{dt}=x | x=0
+\frac{dx}{dt}=kx | \frac{dy}{dt}=kx
 A^T | A
 2E+1 | 20
 2\gamma+1 | 3
@@ -449,8 +456,8 @@ def rewritten(answer: str, draw: random.Random) -> str:
     return answer
 
 
-# Derivatives, LaTeX that the parser does not know, and prose are compared by their spelling alone.
-NO_EXPRESSION = r"dot\{|prime|\\frac\{d|\\text *\{red|np\.|where"
+# LaTeX that the parser does not know, and prose are compared by their spelling alone.
+NO_EXPRESSION = r"dot\{|\\odot|where"
 
 
 @pytest.mark.parametrize("name", ["math500", "minerva", "olympiadbench"])
