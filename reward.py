@@ -21,7 +21,7 @@ symbolic equality, in worker processes that are killed when an answer takes too 
     x>2 against (2,\\infty)          1: an inequality for one name is its interval
     1:2 against 1/2                 0: a ratio equals a ratio only
     101_2 against 5, or 101_3       0; the base may be left out, like a unit
-    Monday, (A)                     as text; case counts in single letters only
+    Monday, (A)                     as text; case counts in one or two letters only
 """
 
 import atexit
