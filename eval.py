@@ -71,9 +71,9 @@ def eval_line(m: dict[str, float]) -> str:
     )
 
 
-def sampling_metrics(rollout: Rollout, rewards: torch.Tensor, kept: torch.Tensor, group_size: int) -> dict[str, float]:
-    """Over all responses of a step. rewards [B], NaN where there is no verdict; kept [B / G] bool."""
-    groups, lengths, scored = rewards.view(-1, group_size), rollout.mask.sum(1).double(), rewards[~rewards.isnan()]
+def sampling_metrics(rollout: Rollout, scores, rewards, kept: torch.Tensor, group_size: int) -> dict[str, float]:
+    """Over all responses of a step. scores, rewards [B], NaN where there is no verdict; kept [B / G] bool."""
+    groups, lengths, scored = scores.view(-1, group_size), rollout.mask.sum(1).double(), rewards[~rewards.isnan()]
     metrics = {
         "reward/faults": len(rewards) - len(scored),
         "groups/all_right": (groups == 1).all(1).double().mean().item(),

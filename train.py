@@ -43,7 +43,7 @@ from eval import (
     update_metrics,
 )
 from model import ModelConfig
-from reward import RewardConfig, grade
+from reward import RewardConfig, grade, shaped_rewards
 from run import BadInput, RunStopped, say
 from sample import Rollout, SampleConfig, context_left, dump_rollout, sample
 from spro import ADVANTAGES, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
@@ -357,8 +357,10 @@ def train(
             asked = [problems[i] for i in batch for _ in range(s.group_size)]
             answers = list(zip(asked, rollout.texts, strict=True))
             verdicts = run.shared(lambda part: grade(part, config.reward.grader), answers)
-            rewards = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
-            kept = keep_groups(rewards, s.group_size, *a.keep_accuracy)
+            lengths = rollout.mask.sum(1).tolist()
+            rewards = torch.tensor(shaped_rewards(answers, verdicts, lengths, s.max_new_tokens, config.reward))
+            scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
+            kept = keep_groups(scores, s.group_size, *a.keep_accuracy) & ~rewards.isnan().view(len(batch), -1).any(1)
             rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
             learned = rollout.pick(rows)
 
@@ -393,7 +395,7 @@ def train(
         seconds["time/step"] = time.perf_counter() - step_started
         metrics = {
             "step": step,
-            **sampling_metrics(rollout, rewards, kept, s.group_size),
+            **sampling_metrics(rollout, scores, rewards, kept, s.group_size),
             **token_metrics(learned, old_log_probs, ref_log_probs, entropy, outcome, advantages, reference is not None),
             **update_metrics(updates),
             "lr": lr,

@@ -86,7 +86,7 @@ def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout
     scored = [x for group in groups for x in group if not math.isnan(x)]
     lengths = [sum(row) for row in rollout.mask.int().tolist()]
     assert len(set(lengths)) > 2
-    assert sampling_metrics(rollout, torch.tensor(groups).flatten(), kept, 4) == {
+    assert sampling_metrics(rollout, *[torch.tensor(groups).flatten()] * 2, kept, 4) == {
         "reward/faults": 2,
         "reward/mean": pytest.approx(statistics.mean(scored)),
         "reward/std": pytest.approx(statistics.stdev(scored)),
@@ -100,7 +100,7 @@ def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout
 
 
 def test_metrics_that_do_not_exist_are_absent(rollout):
-    metrics = sampling_metrics(rollout, torch.full((12,), math.nan), torch.zeros(3).bool(), 4)
+    metrics = sampling_metrics(rollout, *[torch.full((12,), math.nan)] * 2, torch.zeros(3).bool(), 4)
     assert metrics["reward/faults"] == 12 and "reward/mean" not in metrics and "reward/std" not in metrics
     nothing = torch.zeros(0, rollout.mask.shape[1])
     assert token_metrics(rollout.rows(0, 0), *[nothing] * 5, has_reference=True) == {}

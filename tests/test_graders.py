@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 import reward
-from reward import RewardConfig, Verdict, grade, grade_answer, grade_boxed, grade_number, last_box, shaped_rewards
+from answers import grade_answer, grade_number, last_box
+from reward import RewardConfig, Verdict, grade, grade_boxed, shaped_rewards
 
 pytest.importorskip("math_verify")
 ROOT = Path(__file__).parent.parent
