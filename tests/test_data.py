@@ -40,7 +40,7 @@ def test_more_problems_than_there_are_is_bad_input(sizes):
         load_problems(DataConfig(train_size=sizes[0], held_out_size=sizes[1], min_steps=1, max_steps=1), 0)
 
 
-@pytest.mark.parametrize("field", ["train_size=0", "held_out_size=0", "min_steps=0", "max_steps=2", "max_steps=26"])
+@pytest.mark.parametrize("field", ["train_size=-1", "held_out_size=0", "min_steps=0", "max_steps=2", "max_steps=26"])
 def test_impossible_sizes_are_refused_by_name(field):
     name, value = field.split("=")
     with pytest.raises(ValueError, match=field):
