@@ -268,7 +268,7 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     and Graubard 1998 do so for surveys): exactly Wilson's for those, narrower for averages of several samples.
     """
     m, n = fmean(values), len(values)
-    n = m * (1 - m) / pvariance(values) if len(set(values)) > 1 else n
+    n *= m * (1 - m) / pvariance(values) if len(set(values)) > 1 else 1
     return m, *wilson_interval(m * n, n)
 
 
@@ -358,6 +358,8 @@ def benchmark(args) -> None:
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
     settings = {key: getattr(args, key) for key in ("run_or_model", "benchmark", "samples", "temperature", "grader")}
     settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": args.seed or 0}
+    folder = Path(args.run_or_model, "model" if config else "")
+    settings["model_saved"] = folder.stat().st_mtime if folder.is_dir() else None  # trained on, it is another model
     settings["first_prompt"] = tokenizer.decode(prompts[0])
     n = args.samples
     how = f"{n}xT{args.temperature:g}" if args.temperature else "greedy"
