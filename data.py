@@ -19,7 +19,8 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -417,19 +418,37 @@ def prompt_text(problem: Problem, tokenizer, chat_template: bool) -> str:
     return chat(("user", together))
 
 
+class TokenIds(Sequence):
+    """Reads as a list of lists of ids, and takes 4 bytes an id: half a million prompts in lists would take 15 GiB."""
+
+    def __init__(self, rows: list[array]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return TokenIds(self.rows[i]) if isinstance(i, slice) else self.rows[i].tolist()
+
+
 def encode_prompts(
     problems: list[Problem], tokenizer, limit: int, chat_template: bool = True
-) -> tuple[list[Problem], list[list[int]]]:
+) -> tuple[list[Problem], TokenIds]:
     """The problems whose prompts fit into `limit` tokens, and those prompts' ids; the others are counted, not cut.
 
     With `chat_template`, in the tokenizer's chat template if it has one, which writes its own begin token then.
     """
     chat = chat_template and bool(tokenizer.chat_template)
-    texts = [prompt_text(problem, tokenizer, chat) for problem in problems]
-    ids = tokenizer(texts, add_special_tokens=not chat).input_ids
-    fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= limit]
+    fitting, rows = [], []
+    for start in range(0, len(problems), 1000):
+        part = problems[start : start + 1000]
+        texts = [prompt_text(problem, tokenizer, chat) for problem in part]
+        for problem, ids in zip(part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True):
+            if len(ids) <= limit:
+                fitting.append(problem)
+                rows.append(array("i", ids))
     if not fitting:
         raise BadInput(f"all {len(problems)} prompts are longer than {limit} tokens: raise data.max_prompt_tokens")
     if len(fitting) < len(problems):
         say(f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer than {limit} tokens")
-    return [problems[i] for i in fitting], [ids[i] for i in fitting]
+    return fitting, TokenIds(rows)

@@ -265,8 +265,8 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of one value in [0, 1] per problem, and its 95 % interval over problems like these.
 
     Wilson's interval at the effective sample size m(1-m) / variance, by which n exceeds that of yes-or-no values (Korn
-    and Graubard 1998 do so for surveys): exactly Wilson's for those, narrower for averages of several samples. In simulations
-    it covers more often than bootstrap and normal intervals; worst are few problems of which few are ever solved.
+    and Graubard 1998 do so for surveys): exactly Wilson's for those, narrower for averages of several samples. It
+    covers more often than bootstrap and normal intervals; worst are few problems of which few are ever solved.
     """
     m, n = fmean(values), len(values)
     n *= m * (1 - m) / pvariance(values) if len(set(values)) > 1 else 1

@@ -6,12 +6,15 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import chaos
 import pytest
 from helpers import BOS, CHATML, UNK, chat_tokenizer, jsonl, published
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 import data
+import run
+import train
 from data import DataConfig, Draw, Problem, chain_solution, chain_tokenizer, encode_prompts, index_at, load_problems
 from run import BadInput
 
@@ -119,9 +122,10 @@ def test_prompts_that_are_too_long_are_left_out_whole_and_counted(capsys):
     tokenizer = chain_tokenizer()
     problems = [Problem(prompt, "8", "chain") for prompt in ("3b+5?", "3b+5c*2?", "4b+5?")]
     kept, prompts = encode_prompts(problems, tokenizer, limit=6)  # the begin token counts
-    assert kept == [problems[0], problems[2]] and prompts == [tokenizer(p.prompt).input_ids for p in kept]
+    assert kept == [problems[0], problems[2]] and list(prompts) == [tokenizer(p.prompt).input_ids for p in kept]
     assert "left out 1 of 3 prompts" in capsys.readouterr().out
     assert encode_prompts(problems, tokenizer, limit=9)[0] == problems and not capsys.readouterr().out
+    assert (prompts[0], list(prompts[1:]), prompts[-1]) == (list(prompts)[-2], list(prompts)[1:], list(prompts)[1])
     with pytest.raises(BadInput, match="max_prompt_tokens"):
         encode_prompts(problems, tokenizer, limit=5)
 
@@ -404,3 +408,23 @@ def test_reasoning_gym_makes_tasks_that_its_own_scorer_takes_back():
     assert all(score(p.reference["answer"], p.reference) == 1 and json.dumps(p.reference) for p in train)
     with pytest.raises(BadInput, match="'sums' is no reasoning-gym task"):
         data.reasoning_gym_problems(replace(config, path="sums"), 0)
+
+
+# --- configs ------------------------------------------------------------------------------------------------------
+
+CONFIGS = chaos.ROOT / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one_that_training_takes(path):
+    config = run.read_config(train.Config, [str(path)], path)
+    assert config.run_dir == f"runs/{path.stem}" and config.data.source in data.SOURCES
+
+
+@pytest.mark.parametrize("name", [path.stem.removeprefix("spro_") for path in CONFIGS.glob("spro_*.yaml")])
+def test_twin_configs_differ_in_the_estimator_alone(name):
+    spro, grpo = (run.flat(run.plain(run.read_config(train.Config, [str(CONFIGS / f"{kind}_{name}.yaml")], None)))
+                  for kind in ("spro", "grpo"))  # fmt: skip
+    differing = {key for key in spro if spro[key] != grpo[key]}
+    assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
+    assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")
