@@ -327,9 +327,9 @@ def read_problems(shape: str, path: str) -> list[Problem]:
 
 
 def require_graders(problems: list[Problem], grader: str) -> None:
-    """Raises BadInput where a problem names a grader that there is not, unless `grader` is named for all of them."""
-    unknown = {problem.grader for problem in problems} - GRADERS.keys()
-    if unknown and not grader:
+    """Raises BadInput where a problem's grader, or `grader` for all of them, is none that there is."""
+    unknown = ({grader} if grader else {problem.grader for problem in problems}) - GRADERS.keys()
+    if unknown:
         raise BadInput(f"data: no grader {min(unknown)!r}: let rows or reward.grader name one of {', '.join(GRADERS)}")
 
 

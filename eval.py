@@ -306,8 +306,7 @@ def table_row(settings: dict, rows: list[dict]) -> str:
     how = f"{settings['samples']} at T={settings['temperature']:g}" if settings["temperature"] else "greedy"
     cells = {
         "command": f"`python eval.py {shlex.join(sys.argv[1:])}`",
-        "benchmark": f"{settings['benchmark']}, n = {n}"
-        + (f", {faults} responses without a verdict" if faults else ""),
+        "benchmark": f"{settings['benchmark']}, n = {n}" + (f", {faults} without a verdict" if faults else ""),
         "samples": how,
     }
     for name, values in benchmark_metrics(rows).items():
@@ -334,7 +333,9 @@ def open_outputs(file: Path, settings: dict) -> int:
     done = len(rows) // settings["samples"]
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = [{"settings": settings}, *rows[: done * settings["samples"]]]
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(file)
     return done
 
 
@@ -354,7 +355,7 @@ def benchmark(args) -> None:
     """Sample, grade and save a few problems after the other; the ranks share the rows of each lot."""
     start_processes(timeout_minutes=24 * 60)
     model, tokenizer, config = open_run(args.run_or_model)
-    sampling = SampleConfig(**config.get("sample", {"max_new_tokens": 4096}))
+    sampling = SampleConfig(**config.get("sample", {"max_new_tokens": 3072}))
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
     settings = {key: getattr(args, key) for key in ("run_or_model", "benchmark", "samples", "temperature", "grader")}
@@ -377,9 +378,15 @@ def benchmark(args) -> None:
             answers = [(problems[i], text) for (i, _), text in zip(asked, rollout.texts, strict=True)]
             verdicts = shared(lambda part: grade(part, args.grader), answers)
             ends = zip(rollout.mask.sum(1).tolist(), rollout.truncated.tolist(), strict=True)
-            for (i, j), (asked_, text), verdict, (length, cut) in zip(asked, answers, verdicts, ends, strict=True):
-                row = {"problem": i, "sample": j, "prompt": asked_.prompt, "reference": asked_.reference, "text": text}
-                row |= {"grader": args.grader or asked_.grader, "score": verdict.score, "reason": verdict.reason}
+            for (i, j), (problem, text), verdict, (length, cut) in zip(asked, answers, verdicts, ends, strict=True):
+                row = {
+                    "problem": i,
+                    "sample": j,
+                    "prompt": problem.prompt,
+                    "reference": problem.reference,
+                    "text": text,
+                }
+                row |= {"grader": args.grader or problem.grader, "score": verdict.score, "reason": verdict.reason}
                 append_line(file, row | {"length": length, "truncated": cut})
             bar.update(len(chosen))
     if rank() == 0:
@@ -419,26 +426,23 @@ def held_out_accuracy(args) -> None:
         raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")
     seed = config["seed"] if args.seed is None else args.seed
     metrics = evaluate(model, tokenizer, problems[:n], prompts[:n], settings, grader, seed)
+    n = metrics["eval/n"]
     for label, key in ((f"T={settings.temperature:g}", "eval/accuracy"), ("greedy", "eval/accuracy_greedy")):
-        low, high = wilson_interval(round(metrics[key] * metrics["eval/n"]), metrics["eval/n"])
-        print(
-            f"accuracy {label:8} {metrics[key]:.3f}   95 % interval {low:.3f} to {high:.3f}   n = {metrics['eval/n']}"
-        )
+        low, high = wilson_interval(round(metrics[key] * n), n)
+        print(f"accuracy {label:8} {metrics[key]:.3f}   95 % interval {low:.3f} to {high:.3f}   n = {n}")
     print(f"response length   {metrics['eval/response_length']:.1f} tokens")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy on a run's held-out prompts, or on a benchmark.")
     parser.add_argument("run_or_model", nargs="?", help="a run folder; for a benchmark also a model folder or Hub id")
-    parser.add_argument(
-        "--limit", "--prompts", type=int, help="the first problems alone; default: eval.prompts, or all"
-    )
+    parser.add_argument("--limit", "--prompts", type=int, help="the first ones alone; default: eval.prompts, or all")
     parser.add_argument("--seed", type=int, help="of the sampling; default: the run's, for a benchmark 0")
     parser.add_argument("--benchmark", choices=sorted(ROWS), help="shape of the rows of --data")
     parser.add_argument("--data", help="file or Hub dataset, as data.path")
     parser.add_argument("--samples", type=int, default=1, help="responses per problem")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the run's, else 4096")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the run's, else 3072")
     parser.add_argument("--prompt", default="", help="text around {question}; default: the benchmark's own")
     parser.add_argument("--system-prompt", default="", help="default: the run's")
     parser.add_argument("--plain", action="store_true", help="without the chat template")

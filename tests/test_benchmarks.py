@@ -185,6 +185,8 @@ def test_outputs_of_another_evaluation_or_model_are_never_mixed_or_overwritten(e
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(BadInput, match=r"max_new_tokens: 4 -> 5.*choose another --output"):
         evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "5")
+    with pytest.raises(BadInput, match="no grader 'oracle'"):
+        evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "4", "--grader", "oracle")
     with pytest.raises(BadInput, match="first_prompt"):
         evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "4", "--plain")
     (model / "later").touch()  # the folder has been written to again
