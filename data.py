@@ -33,7 +33,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from reward import GRADERS
+from reward import check_grader, last_box
 from run import BadInput, say
 
 
@@ -181,17 +181,6 @@ def chain_tokenizer() -> PreTrainedTokenizerFast:
 # --- published datasets, a row each -------------------------------------------------------------------------------
 
 
-def last_box(text: str) -> str | None:
-    """What the last balanced \\boxed{} holds, or None."""
-    for opening in reversed(list(re.finditer(r"\\boxed\s*{", text))):
-        depth = 1
-        for i in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if not depth:
-                return text[opening.end() : i]
-    return None
-
-
 def file_row(row: dict) -> Problem:
     """Your own rows: `prompt`, `reference`, and `grader` unless reward.grader names one for all."""
     return Problem(row["prompt"], row["reference"], row.get("grader", ""))
@@ -327,10 +316,12 @@ def read_problems(shape: str, path: str) -> list[Problem]:
 
 
 def require_graders(problems: list[Problem], grader: str) -> None:
-    """Raises BadInput where a problem's grader, or `grader` for all of them, is none that there is."""
-    unknown = ({grader} if grader else {problem.grader for problem in problems}) - GRADERS.keys()
-    if unknown:
-        raise BadInput(f"data: no grader {min(unknown)!r}: let rows or reward.grader name one of {', '.join(GRADERS)}")
+    """Raises BadInput where a problem's grader, or `grader` for all of them, is not known or not installed."""
+    for name in {grader} if grader else {problem.grader for problem in problems}:
+        try:
+            check_grader(name, "the rows' grader")
+        except ValueError as error:
+            raise BadInput(f"data: {error}; reward.grader names one for all rows") from error
 
 
 def dressed(problems: list[Problem], config: DataConfig) -> list[Problem]:

@@ -33,14 +33,13 @@ from data import (
     Problem,
     dressed,
     encode_prompts,
-    last_box,
     load_problems,
     read_problems,
     require_at_least,
     require_graders,
 )
 from model import memory_plan
-from reward import grade
+from reward import grade, last_box
 from run import BadInput, append_line, command_line, on_first_rank, rank, say, shared, start_processes, world_size
 from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
 from spro import OUTCOME_ONLY
@@ -130,11 +129,16 @@ def token_metrics(
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps of one RL step (of ratio/max the max), and how many steps were refused."""
+    """Means over the optimizer steps of one RL step, and how many steps were refused.
+
+    Of ratio/max the max; of sampler_gap the first, the only one that scores with the weights that sampled.
+    """
     taken = [update for update in updates if update]
     metrics = {key: sum(update[key] for update in taken) / len(taken) for key in (taken[0] if taken else ())}
     if taken:
         metrics["ratio/max"] = max(update["ratio/max"] for update in taken)
+    if "sampler_gap" in metrics:
+        metrics["sampler_gap"] = taken[0]["sampler_gap"]
     return metrics | {"updates/taken": len(taken), "updates/refused": len(updates) - len(taken)}
 
 
@@ -175,7 +179,7 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
     """What is about to run, with the batch arithmetic and the sampling settings that are really in force."""
     t, s, a = config.train, config.sample, config.algorithm
     responses = t.prompts_per_step * s.group_size
-    settings = generation_settings(policy, s.max_new_tokens).to_diff_dict()
+    settings = generation_settings(policy, s).to_diff_dict()
     settings.pop("transformers_version", None)
     chat = "chat template" if config.data.chat_template and tokenizer.chat_template else "plain text"
     ends = policy.generation_config
@@ -190,8 +194,8 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
         f"{ends.eos_token_id}, pad {ends.pad_token_id}; {config.model.dtype if device.type == 'cuda' else 'float32'}, "
         f"{policy.config._attn_implementation} attention",
         f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
-        f"{responses // t.mini_batch_size} optimizer steps x {t.mini_batch_size // t.micro_batch_size} micro-batches "
-        f"x {t.micro_batch_size}; {t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}",
+        f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
+        f"{t.micro_batch_tokens} tokens; {t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}",
         f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; generate: {settings}",
     ))  # fmt: skip
 
@@ -202,15 +206,15 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
     shown = [f"prompt {i + 1}: {tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])]
     ranks = max(world_size(), config.model.shard * config.model.replicate)
     on_gpu = torch.cuda.is_available() or bool(config.model.path)  # a plan for a saved model is one for GPUs
+    row = max(map(len, prompts)) + s.max_new_tokens
     plan = memory_plan(
         policy,
         config.model,
         ranks,
         on_gpu,
-        tokens_per_row=max(map(len, prompts)) + s.max_new_tokens,
-        sampled_rows=min(s.batch_size, -(-t.prompts_per_step * s.group_size // ranks)),
-        trained_rows=min(t.micro_batch_size, -(-t.mini_batch_size // ranks)),
-        response_tokens=s.max_new_tokens,
+        sampled_tokens=min(max(row, s.batch_tokens), row * -(-t.prompts_per_step * s.group_size // ranks)),
+        tokens_per_row=row,
+        trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
     )
     table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]

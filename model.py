@@ -9,17 +9,20 @@ root (embedding, head) on each rank, in fp32. A layer is gathered, in the comput
 backward; for sampling the whole model is gathered once per rollout (`gathered`).
 """
 
+import copy
 import hashlib
 import logging
 import shutil
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -31,14 +34,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -49,17 +53,25 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or a mistyped pa
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
 
 LOGITS_AT_ONCE = 2**24  # token_log_probs never holds more than this many logits: 64 MiB in fp32
+PASSES = 4  # in which token_log_probs runs the responses of a micro-batch, by length: fewer pad more, more start more
+
+SCRATCH = {  # the model that is built when model.path names none: 170k parameters
+    "model_type": "qwen2",
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass
 class ModelConfig:
-    path: str = ""  # folder or Hub id of a saved model; empty: build one from the fields below and warm it up
-    architecture: str = "qwen2"  # from scratch: qwen2 or llama
-    hidden_size: int = 96  # from scratch
-    intermediate_size: int = 192  # from scratch
-    num_layers: int = 2  # from scratch
-    num_heads: int = 4  # from scratch
-    num_kv_heads: int = 2  # from scratch: heads of keys and values
+    path: str = ""  # folder or Hub id of a saved model; empty: build one and warm it up
+    scratch: dict = field(default_factory=dict)  # from scratch: keys of a transformers config that differ from SCRATCH
     attention: str = "sdpa"  # attention implementation of transformers: sdpa, eager, flash_attention_2
     dtype: str = "bfloat16"  # of compute on a GPU: bfloat16 or float32; master weights and reductions are always fp32
     gradient_checkpointing: bool = False  # keep one activation per layer and recompute the rest in the backward pass
@@ -68,37 +80,26 @@ class ModelConfig:
     replicate: int = 1  # copies of the weights (HSDP): with several nodes, shard inside a node, replicate across
 
     def __post_init__(self):
-        require_at_least(1, self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         require_at_least(0, self, "shard")
         require_at_least(1, self, "replicate")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is not known: choose bfloat16 or float32")
-        if self.architecture not in ("qwen2", "llama"):
-            raise ValueError(f"architecture={self.architecture!r} is not known: choose qwen2 or llama")
-        if self.hidden_size % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 2 x num_heads={self.num_heads} (rotary "
-                f"embeddings pair dimensions), and num_heads of num_kv_heads={self.num_kv_heads}"
-            )
 
 
 def build(config: ModelConfig, tokenizer, seed: int):
-    """A randomly initialised model of the configured size for this tokenizer."""
-    hf_config = AutoConfig.for_model(
-        config.architecture,
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=1024,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    """A randomly initialised model of `config.scratch` for this tokenizer. Raises BadInput where there is no such."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings, known = SCRATCH | config.scratch, {}
+    try:
+        known = AutoConfig.for_model(settings["model_type"]).to_dict()
+        hf_config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **ids, **settings})
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(hf_config)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"model.scratch={config.scratch}: transformers cannot build that: {reason}") from error
+    if unknown := sorted(settings.keys() - known.keys() - {"model_type"}):
+        raise BadInput(f"model.scratch: {settings['model_type']} has no {unknown[0]!r}")
     with torch.random.fork_rng(devices=[]):  # initialisation is the one user of torch's global generator
         torch.manual_seed(int(random_for(seed, Draw.WEIGHTS).integers(2**31)))
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attention)
@@ -151,7 +152,10 @@ def _prepare(model, tokenizer):
     model.token_log_probs = MethodType(_token_log_probs, model)
     # Rows of the head beyond the last id in use are padding: never sampled, and in no softmax.
     model.vocabulary = 1 + max(pad, *stops, *tokenizer.get_vocab().values())
+    model.packs_rows = "flash" in model.config._attn_implementation  # variable-length kernels
     model.compute_device, model.recomputes = torch.device("cpu"), False  # until `shard` decides
+    # Rows of such a cache can be repeated, picked and grown; the states of recurrent and other layers need not be.
+    model.divisible_cache = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
     for module in model.modules():  # dropout has no place in a ratio of probabilities
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -257,10 +261,9 @@ def memory_plan(
     config: ModelConfig,
     ranks: int,
     on_gpu: bool,
+    sampled_tokens: int,
     tokens_per_row: int,
-    sampled_rows: int,
-    trained_rows: int,
-    response_tokens: int,
+    trained_tokens: int,
     has_reference: bool,
 ) -> dict[str, float]:
     """GiB that each rank will need, by what needs it. The model may be on the meta device: only shapes are read.
@@ -281,7 +284,7 @@ def memory_plan(
     # The backward pass adds about a layer's worth; recomputing, it holds three (measured) and one value per layer.
     layers_kept, inputs_kept = (3, c.num_hidden_layers) if config.gradient_checkpointing else (len(layers) + 1, 0)
     kept = layers_kept * layer + inputs_kept * c.hidden_size
-    logits = min(trained_rows * response_tokens * c.vocab_size, LOGITS_AT_ONCE)
+    logits = min(trained_tokens * c.vocab_size, LOGITS_AT_ONCE)
     always = {
         "weights, fp32, sharded": 4 * n / split,
         "optimizer moments, fp32, sharded": 8 * n / split,
@@ -289,14 +292,15 @@ def memory_plan(
     }
     sampling = {
         "sampling: gathered weights": compute * n if is_split else 0,
-        "sampling: KV cache": 2 * c.num_hidden_layers * kv_width * compute * sampled_rows * tokens_per_row,
-        "sampling: logits": sampled_rows * c.vocab_size * 28,  # fp32 scores and log-probs, fp64 probabilities and CDF
+        "sampling: KV cache": 2 * c.num_hidden_layers * kv_width * compute * sampled_tokens,
+        # Scores, log-probs and probabilities in fp32, the cumulative distribution in fp64.
+        "sampling: logits": sampled_tokens // tokens_per_row * c.vocab_size * 28,
     }
     update = {
         "update: gradients, fp32, sharded": 4 * n / split,
         # Root and two layers in the compute type, their gradients, and the fp32 buffer that reduces the largest.
         "update: gathered root and layers": (2 * compute + 4) * in_root + 4 * compute * in_layer if is_split else 0,
-        "update: activations": kept * trained_rows * tokens_per_row * compute,
+        "update: activations": kept * trained_tokens * compute,
         "update: logits": logits * (compute + 4 * 4),  # and log-probs, probabilities and gradients, in fp32
     }
     peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
@@ -323,36 +327,136 @@ def gathered(model):
             module.reshard()
 
 
-def _score_tokens(head, vocabulary, hidden, targets, temperature):
-    """[N, H], [N] -> log-probs and entropy [N] in fp32 at least; logits [N, V] exist only inside."""
-    logits = head(hidden)[:, :vocabulary]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    normaliser = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        log_p = logits - normaliser[:, None]
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_probs, entropy
+class _ScoreTokens(torch.autograd.Function):
+    """Log-prob and entropy of each target under softmax(head(hidden) / temperature), LOGITS_AT_ONCE logits at a time.
+
+    The backward pass makes each chunk's logits again: four matrix products instead of three, but [N, V] never exists.
+    Gradients of the head are summed over chunks in fp32, or many chunks in bfloat16 would round them away.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, vocabulary):
+        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] -> log-probs, entropy [N], fp32 at least."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        log_probs, entropy, normaliser = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
+        for here, logits in _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, dtype):
+            largest = logits.amax(-1)
+            p = logits.sub_(largest[:, None]).exp()  # not yet normalised
+            total = p.sum(-1)
+            log_probs[here] = logits.gather(-1, targets[here, None])[:, 0] - total.log()
+            entropy[here] = total.log() - torch.linalg.vecdot(p, logits) / total
+            normaliser[here] = largest + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.temperature, ctx.vocabulary = temperature, vocabulary
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        temperature, vocabulary = ctx.temperature, ctx.vocabulary
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
+        for here, logits in _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, grad.dtype):
+            scale = grad[here, None] / temperature
+            of_logits = logits.sub_(normaliser[here, None]).exp_().mul_(-scale)  # d log-prob = one-hot - softmax
+            of_logits = of_logits.scatter_add_(-1, targets[here, None], scale).to(hidden.dtype)
+            torch.mm(of_logits, weight[:vocabulary], out=of_hidden[here])
+            if of_weight.dtype == hidden.dtype:
+                of_weight[:vocabulary].addmm_(of_logits.t(), hidden[here])
+            else:
+                of_weight[:vocabulary] += of_logits.t() @ hidden[here]
+            if bias is not None:
+                of_bias[:vocabulary] += of_logits.sum(0)
+        of_bias = None if bias is None else of_bias.to(bias.dtype)
+        return of_hidden, of_weight.to(weight.dtype), of_bias, None, None, None
+
+
+def _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, dtype):
+    """Yields (slice of rows, their logits), at most LOGITS_AT_ONCE of them; the receiver may overwrite them."""
+    chunk, bias = max(1, LOGITS_AT_ONCE // vocabulary), None if bias is None else bias[:vocabulary]
+    for i in range(0, len(hidden), chunk):
+        here = slice(i, min(i + chunk, len(hidden)))
+        logits = F.linear(hidden[here], weight[:vocabulary], bias).to(dtype)
+        yield here, logits if temperature == 1 else logits.div_(temperature)
+
+
+def first_of_each_prompt(tokens, attention_mask, P: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens, attention_mask [B, >= P] -> (one row of each of the n different prompts [n], each row's prompt [B])."""
+    mask = attention_mask[:, :P]
+    _, source = torch.cat([tokens[:, :P] * mask, mask], 1).unique(dim=0, return_inverse=True)
+    first = torch.empty(int(source.max()) + 1, dtype=torch.long, device=source.device)
+    return first.scatter_(0, source, torch.arange(len(source), device=source.device)), source
+
+
+def _states_of_rows(self, tokens, attention_mask, response_length):
+    """The plain way: every row in full -> [N, H] states before the response tokens, and where in [B, T] they belong."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    states = self.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+    rows, steps = attention_mask[:, -response_length:].nonzero(as_tuple=True)
+    return states[rows, steps + tokens.shape[1] - response_length - 1], rows, steps
+
+
+def _states_of_packed_rows(self, tokens, attention_mask, response_length):
+    """The same without padding: rows end to end in one, which variable-length attention tells apart by positions."""
+    rows, columns = attention_mask.nonzero(as_tuple=True)
+    positions = (attention_mask.cumsum(1) - 1)[rows, columns]
+    states = self.base_model(tokens[rows, columns][None], position_ids=positions[None], use_cache=False)[0][0]
+    steps = columns - (tokens.shape[1] - response_length)
+    responses = (steps >= 0).nonzero()[:, 0]
+    return states[responses - 1], rows[responses], steps[responses]
+
+
+def _states_of_groups(self, tokens, attention_mask, response_length):
+    """The same, with each different prompt run once: its siblings continue from its keys and values.
+
+    The gradient flows back through those into the prompt. The responses go in PASSES passes of similar length.
+    """
+    P = tokens.shape[1] - response_length
+    first, source = first_of_each_prompt(tokens, attention_mask, P)
+    prompts, prompt_mask = tokens[first, :P], attention_mask[first, :P]
+    cache = DynamicCache(config=self.config)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+    states = [self.base_model(prompts, attention_mask=prompt_mask, **options)[0][source, -1]]
+    rows, steps = [torch.arange(len(tokens), device=tokens.device)], [torch.zeros_like(source)]
+    lengths = attention_mask[:, P:].sum(1)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    for part in lengths.argsort(stable=True).tensor_split(1 if isinstance(self, FSDPModule) else PASSES):
+        if not len(part):
+            continue
+        end = P + max(1, int(lengths[part].max()) - 1)  # nothing is predicted from the last token
+        theirs = copy.copy(cache)
+        theirs.layers = [copy.copy(layer) for layer in cache.layers]
+        theirs.batch_select_indices(source[part])
+        options = {"position_ids": positions[part, P:end], "past_key_values": theirs, "use_cache": True}
+        out = self.base_model(tokens[part, P:end], attention_mask=attention_mask[part, :end], **options)[0]
+        row, step = attention_mask[part, P + 1 : end + 1].nonzero(as_tuple=True)
+        states.append(out[row, step])
+        rows.append(part[row])
+        steps.append(step + 1)
+    return torch.cat(states), torch.cat(rows), torch.cat(steps)
 
 
 def _token_log_probs(self, tokens, attention_mask, response_length, temperature):
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    states_of = _states_of_packed_rows if self.packs_rows else _states_of_rows
+    if shares_prompts(self):
+        states_of = _states_of_groups
     self.train(self.recomputes and torch.is_grad_enabled())  # transformers recomputes in training mode alone
-    states = self.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+    hidden, rows, steps = states_of(self, tokens, attention_mask, response_length)
     self.eval()  # dropout is 0 in both modes, but generate would go without a cache in the other one
-    hidden = states[:, -response_length - 1 : -1].flatten(0, 1)  # the state before each response token
-    targets = tokens[:, -response_length:].flatten()
-    head = self.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    chunks = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
-    if torch.is_grad_enabled() and len(chunks) > 1:  # else the backward would hold the logits of every chunk at once
-        scored = [
-            checkpoint(_score_tokens, head, self.vocabulary, h, t, temperature, use_reentrant=False) for h, t in chunks
-        ]
-    else:
-        scored = [_score_tokens(head, self.vocabulary, h, t, temperature) for h, t in chunks]
-    shape = (len(tokens), response_length)
-    return tuple(torch.cat(part).reshape(shape).clone() for part in zip(*scored, strict=True))  # FSDP2 warns of views
+    head, targets = self.get_output_embeddings(), tokens[:, -response_length:][rows, steps]
+    scores = _ScoreTokens.apply(hidden, head.weight, head.bias, targets, temperature, self.vocabulary)
+    places = scores[0].new_zeros(len(tokens), response_length)
+    return tuple(places.index_put((rows, steps), score) for score in scores)
+
+
+def shares_prompts(model) -> bool:
+    """Whether a forward pass runs a prompt once for all its siblings: needs keys and values that rows can share.
+
+    Not while activations are recomputed, for transformers then keeps no keys and values, nor where rows are packed.
+    """
+    return model.divisible_cache and not model.packs_rows and not (model.recomputes and torch.is_grad_enabled())
 
 
 def token_log_probs(
@@ -361,48 +465,64 @@ def token_log_probs(
     """Log-prob of each of the last `response_length` tokens, and the entropy of the distribution it was drawn from.
 
     tokens, attention_mask [B, S] (prompts left-padded, responses right-padded) -> log_probs, entropy [B, T] in nats,
-    fp32 at least, of softmax(logits / temperature); entropy carries no gradient. Values at padding mean nothing.
-    The head is applied to response positions only and to LOGITS_AT_ONCE logits at a time, so that [B, T, V] never
-    exists whole, neither in the forward nor in the backward pass.
+    fp32 at least, of softmax(logits / temperature); entropy carries no gradient; 0 at padding. The head is applied to
+    response tokens only and to LOGITS_AT_ONCE logits at a time, so that [B, T, V] never exists, in neither direction.
     """
     return model.token_log_probs(tokens, attention_mask, response_length, temperature)
 
 
-def micro_batches(lengths: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Rows as index lists of at most `size`, similar lengths together, so that little is padding.
+def micro_batches(rollout, tokens: int, share: bool) -> list[torch.Tensor]:
+    """Rows as index lists, each of at most `tokens` prompt and response tokens, padding included, but never empty.
 
-    As many lists as a multiple of the ranks, so that all ranks run the same number of passes: some may be empty.
+    Similar lengths go together; so do siblings if they `share` their prompt, which then counts once. As many lists as a
+    multiple of the ranks, so that all ranks run the same number of passes: the last ones may be empty.
     """
-    parts = -(-len(lengths) // size)
-    parts += -parts % world_size()
-    return list(lengths.argsort(stable=True).tensor_split(parts)) if parts else []
+    P, B = rollout.tokens.shape[1] - rollout.mask.shape[1], len(rollout)
+    lengths, prompts = rollout.mask.sum(1).tolist(), rollout.attention_mask[:, :P].sum(1).tolist()
+    groups, longest = list(range(B)), defaultdict(int)
+    if share and B:
+        groups = first_of_each_prompt(rollout.tokens, rollout.attention_mask, P)[1].tolist()
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(longest[group], length)
+
+    def size(rows: list[int]) -> int:
+        distinct = len({groups[i] for i in rows})
+        return distinct * max(prompts[i] for i in rows) + len(rows) * max(lengths[i] for i in rows)
+
+    lists: list[list[int]] = []
+    for i in sorted(range(B), key=lambda i: (longest[groups[i]], groups[i], lengths[i])):
+        if lists and size([*lists[-1], i]) <= tokens:
+            lists[-1].append(i)
+        else:
+            lists.append([i])
+    lists += [[]] * (-len(lists) % world_size())
+    return [torch.tensor(rows, dtype=torch.long) for rows in lists]
 
 
-def scored_micro_batches(model, rollout, temperature: float, size: int):
+def scored_micro_batches(model, rollout, temperature: float, tokens: int):
     """`token_log_probs` of this rank's share of a Rollout, by micro-batch: yields (rows, log_probs, entropy).
 
     Only the first T columns of a micro-batch exist, T being its longest response: index other [B, T] tensors with
     `x[rows, : log_probs.shape[1]]`. One micro-batch's graph can be freed before the next is built. An empty micro-batch
     scores a row that it does not yield: FSDP needs every rank in every pass.
     """
-    for rows in micro_batches(rollout.mask.sum(1), size)[rank() :: world_size()]:
+    for rows in micro_batches(rollout, tokens, shares_prompts(model))[rank() :: world_size()]:
         part = rollout.pick(rows if len(rows) else torch.tensor([0]))
-        tokens, attention_mask = (x.to(model.compute_device) for x in (part.tokens, part.attention_mask))
-        scores = token_log_probs(model, tokens, attention_mask, part.mask.shape[1], temperature)
+        ids, attention_mask = (x.to(model.compute_device) for x in (part.tokens, part.attention_mask))
+        scores = token_log_probs(model, ids, attention_mask, part.mask.shape[1], temperature)
         yield rows, *(score[: len(rows)] for score in scores)
 
 
 @torch.no_grad()
-def rollout_log_probs(model, rollout, temperature: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rollout_log_probs(model, rollout, temperature: float, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_log_probs` of a whole Rollout, without gradients -> log_probs, entropy [B, T] on CPU; 0 where masked.
 
     The ranks share the rows; each row is scored by one of them and reaches the others exactly, as a sum with zeros.
     """
     whole = torch.zeros(2, *rollout.mask.shape)
-    for rows, *scores in scored_micro_batches(model, rollout, temperature, batch_size):
-        T = scores[0].shape[1]
+    for rows, *scores in scored_micro_batches(model, rollout, temperature, tokens):
         for i, score in enumerate(scores):
-            whole[i, rows, :T] = torch.where(rollout.mask[rows, :T], score.cpu(), 0.0)
+            whole[i, rows, : score.shape[1]] = score.cpu().float()
     if isinstance(model, FSDPModule):
         model.reshard()  # the root stays gathered for a backward pass, which does not come here
     return tuple(all_reduce(whole))

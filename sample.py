@@ -19,12 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from data import DataConfig, Draw, Problem, dressed, encode_prompts, load_problems, random_for, require_at_least
-from model import ModelConfig, load
+from model import ModelConfig, first_of_each_prompt, load
 from reward import grade
 from run import BadInput, choose_threads, command_line, rank, shared
+
+COMPACT_AT = 0.75  # rows that have stopped leave the batch when no more than this part of it goes on
+ROOM = 64  # tokens that keys and values get room for ahead of time
+DECODING = ("fast", "plain", "static")
 
 
 @dataclass
@@ -32,10 +37,13 @@ class SampleConfig:
     group_size: int = 8  # G: responses per prompt
     max_new_tokens: int = 110  # a response that has not stopped by then is cut, and counted as truncated
     temperature: float = 1.0  # of the sampled softmax; training scores tokens at the same temperature
-    batch_size: int = 128  # responses decoded together, a bound on memory; changes no sample
+    batch_tokens: int = 16384  # tokens of prompts and full-length responses decoded together: memory; changes no sample
+    decoding: str = "fast"  # fast, plain (transformers' own loop, the reference) or static (compiled on a GPU)
 
     def __post_init__(self):
-        require_at_least(1, self, "max_new_tokens", "batch_size")
+        require_at_least(1, self, "max_new_tokens", "batch_tokens")
+        if self.decoding not in DECODING:
+            raise ValueError(f"decoding={self.decoding!r} is not known: choose one of {', '.join(DECODING)}")
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size}: a response is compared with its siblings, so at least 2")
         if self.temperature <= 0:
@@ -53,6 +61,7 @@ class Rollout:
     attention_mask: torch.Tensor  # [B, S] bool: false on padding
     mask: torch.Tensor  # [B, T] bool: true from a response's first token through its stop token
     sampler_log_probs: torch.Tensor  # [B, T] fp32, as the sampler drew them; 0 where masked
+    sampler_entropy: torch.Tensor  # [B, T] fp32, of the distribution that each token was drawn from; 0 where masked
     truncated: torch.Tensor  # [B] bool: the response never stopped
     texts: tuple[str, ...]  # [B] the responses, without special tokens
 
@@ -85,6 +94,7 @@ class Rollout:
             attention_mask=picked.attention_mask[:, left:width],
             mask=picked.mask[:, : T - right],
             sampler_log_probs=picked.sampler_log_probs[:, : T - right],
+            sampler_entropy=picked.sampler_entropy[:, : T - right],
         )
 
     @staticmethod
@@ -98,7 +108,7 @@ class Rollout:
             left = P - (part.tokens.shape[1] - part.mask.shape[1]) if name in ("tokens", "attention_mask") else 0
             return F.pad(x, (left, right))
 
-        wide = ("tokens", "attention_mask", "mask", "sampler_log_probs")
+        wide = ("tokens", "attention_mask", "mask", "sampler_log_probs", "sampler_entropy")
         return Rollout(
             **{name: torch.cat([padded(part, name) for part in parts]) for name in wide},
             truncated=torch.cat([part.truncated for part in parts]),
@@ -115,35 +125,103 @@ class Rollout:
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             here = slice(P - len(prompt), P + len(response))
             tokens[i, here], attention_mask[i, here] = torch.tensor(prompt + response), True
-        mask = attention_mask[:, P:]
-        return Rollout(
-            tokens, attention_mask, mask, torch.zeros(mask.shape), torch.zeros(len(texts)).bool(), tuple(texts)
-        )
+        mask, truncated = attention_mask[:, P:], torch.zeros(len(texts), dtype=torch.bool)
+        return Rollout(tokens, attention_mask, mask, *torch.zeros(2, *mask.shape), truncated, tuple(texts))
 
 
 class InverseCDF(LogitsProcessor):
-    """Makes `generate`'s argmax a sampler: leaves one token of each row possible, the one that its uniform points at.
+    """Chooses each row's next token by inverting the cumulative distribution at the row's uniform of that step.
 
-    uniforms [B, T] in [0, 1). Records the log-prob of every chosen token under softmax(logits / temperature), the full
-    softmax, as the loss assumes it. temperature 0 chooses the most likely token and records its log-prob at 1.
+    uniforms [B, T] in [0, 1). Records log-prob and entropy [B, T] of every choice under softmax(logits / temperature),
+    the full softmax, as the loss assumes it. temperature 0 chooses the most likely token and records values at 1.
+    As a logits processor it makes `generate`'s argmax a sampler: it leaves one token of each row possible.
     """
 
     def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_length: int, vocabulary: int | None = None):
         self.uniforms, self.temperature, self.prompt_length = uniforms, temperature, prompt_length
         self.vocabulary = vocabulary  # ids from here on are padding of the head
-        self.log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
+        self.log_probs, self.entropy = (torch.zeros_like(uniforms, dtype=torch.float32) for _ in range(2))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_length
+    def choose(self, scores: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """logits [b, V] of the rows [b] of the batch, about to write token `step` of their responses -> ids [b]."""
         log_p = (scores[:, : self.vocabulary].float() / (self.temperature or 1.0)).log_softmax(-1)
+        p = log_p.exp()
         if self.temperature == 0:
             chosen = log_p.argmax(-1, keepdim=True)
         else:
-            cdf = log_p.double().exp().cumsum(-1)  # double: 150k fp32 terms would move the later tokens' bounds
-            point = self.uniforms[:, step, None] * cdf[:, -1:]
+            cdf = p.cumsum(-1, dtype=torch.float64)  # 150k fp32 terms would move the later tokens' bounds
+            point = self.uniforms[rows, step, None] * cdf[:, -1:]
             chosen = torch.searchsorted(cdf, point, right=True)  # right: never a token of probability 0
-        self.log_probs[:, step] = log_p.gather(-1, chosen)[:, 0]
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+        self.log_probs[rows, step] = log_p.gather(-1, chosen)[:, 0]
+        self.entropy[rows, step] = torch.special.entr(p).sum(-1)
+        return chosen[:, 0]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        chosen = self.choose(scores, rows, input_ids.shape[1] - self.prompt_length)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, written into room set aside: DynamicLayer copies them all for every new token."""
+
+    room = None  # the tensors that self.keys and self.values are the filled part of
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        filled = self.get_seq_length()
+        end = filled + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            rows, heads, _, width = key_states.shape
+            self.room = [states.new_empty(rows, heads, end + ROOM, width) for states in (key_states, value_states)]
+            if filled:
+                for room, old in zip(self.room, (self.keys, self.values), strict=True):
+                    room[:, :, :filled] = old
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, filled:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+def decode_groups(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, prompt_mask=None, source=None, **_
+) -> torch.Tensor:
+    """A loop for `generate`: prompts [n, P] and their mask -> ids [B, P + T]; row b continues prompt source[b].
+
+    Each prompt is run once and its keys and values are repeated for its siblings; whenever a quarter of the rows has
+    stopped since the last time, those leave the batch. `logits_processor` ends with an InverseCDF of B rows.
+    """
+    sampler, mask = logits_processor[-1], prompt_mask
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    logits = model(input_ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1][source]
+    cache.batch_select_indices(source)
+    mask, position = mask[source], positions[source, -1:]
+    P, steps = input_ids.shape[1], generation_config.max_new_tokens
+    out = input_ids.new_full((len(source), P + steps), generation_config.pad_token_id)
+    out[:, :P] = input_ids[source]
+    stops = torch.tensor(generation_config.eos_token_id, device=out.device)
+    rows, going = torch.arange(len(source), device=out.device), torch.ones_like(source, dtype=torch.bool)
+    for step in range(steps):
+        chosen = torch.where(going, sampler.choose(logits, rows, step), generation_config.pad_token_id)
+        out[rows, P + step] = chosen
+        going = going & ~torch.isin(chosen, stops)
+        alive = int(going.sum())
+        if not alive or step + 1 == steps:
+            return out[:, : P + step + 1]
+        if alive <= COMPACT_AT * len(rows):
+            keep = going.nonzero()[:, 0]
+            rows, going, chosen, mask, position = (x[keep] for x in (rows, going, chosen, mask, position))
+            cache.batch_select_indices(keep)
+        mask, position = torch.cat([mask, mask.new_ones(len(rows), 1)], 1), position + 1
+        logits = model(chosen[:, None], attention_mask=mask, position_ids=position, **options).logits[:, -1]
 
 
 def uniforms(keys: list[tuple[int, ...]], length: int) -> torch.Tensor:
@@ -152,18 +230,22 @@ def uniforms(keys: list[tuple[int, ...]], length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) -> Rollout:
-    P = max(map(len, prompts))
+def _sample_batch(model, tokenizer, prompts, keys, config: SampleConfig, temperature: float) -> Rollout:
+    P, fast = max(map(len, prompts)), config.decoding == "fast" and model.divisible_cache
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (P - len(prompt)) + prompt for prompt in prompts])
     prompt_mask = torch.tensor([[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    sampler = InverseCDF(uniforms(keys, max_new_tokens).to(model.compute_device), temperature, P, model.vocabulary)
+    device = model.compute_device
+    sampler = InverseCDF(uniforms(keys, config.max_new_tokens).to(device), temperature, P, model.vocabulary)
+    first, source = first_of_each_prompt(ids, prompt_mask, P) if fast else (torch.arange(len(ids)), None)
+    once = prompt_mask[first].long().to(device)
     out = model.generate(
-        ids.to(model.compute_device),
-        attention_mask=prompt_mask.long().to(model.compute_device),
-        generation_config=generation_settings(model, max_new_tokens),
+        ids[first].to(device),
+        attention_mask=once,
+        generation_config=generation_settings(model, config),
         synced_gpus=False,  # a sharded model is gathered, so that ranks need not wait for each other
         logits_processor=LogitsProcessorList([sampler]),
+        **({"custom_generate": decode_groups, "prompt_mask": once, "source": source.to(device)} if fast else {}),
     ).cpu()
     responses = out[:, P:]
     T = responses.shape[1]
@@ -176,6 +258,7 @@ def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) 
         attention_mask=torch.cat([prompt_mask, mask], 1),
         mask=mask,
         sampler_log_probs=torch.where(mask, sampler.log_probs[:, :T].cpu(), 0.0),
+        sampler_entropy=torch.where(mask, sampler.entropy[:, :T].cpu(), 0.0),
         truncated=truncated,
         texts=tuple(
             tokenizer.decode(row[:n], skip_special_tokens=True)
@@ -184,16 +267,17 @@ def _sample_batch(model, tokenizer, prompts, keys, max_new_tokens, temperature) 
     )
 
 
-def generation_settings(model, max_new_tokens: int) -> GenerationConfig:
+def generation_settings(model, config: SampleConfig) -> GenerationConfig:
     """All that steers `generate`. Greedy on purpose: `InverseCDF` has then chosen the token already."""
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         min_new_tokens=0,
         use_cache=True,
+        cache_implementation="static" if config.decoding == "static" else None,
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=model.generation_config.pad_token_id,
     )
@@ -219,8 +303,15 @@ def sample(
     rows = [(prompt, (*key, g)) for prompt, key in zip(prompts, keys, strict=True) for g in range(group_size)]
 
     def decode(rows) -> list[Rollout]:
-        batches = (zip(*rows[i : i + config.batch_size], strict=True) for i in range(0, len(rows), config.batch_size))
-        return [_sample_batch(model, tokenizer, *batch, config.max_new_tokens, temperature) for batch in batches]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # stable: siblings stay together
+        parts, start = [], 0
+        for end in range(1, len(rows) + 1):
+            longest = len(rows[order[min(end, len(rows) - 1)]][0]) + config.max_new_tokens
+            if end == len(rows) or (end + 1 - start) * longest > config.batch_tokens:
+                batch = zip(*(rows[i] for i in order[start:end]), strict=True)
+                parts.append(_sample_batch(model, tokenizer, *batch, config, temperature))
+                start = end
+        return [Rollout.cat(parts).at(torch.tensor(order).argsort())]
 
     return Rollout.cat(shared(decode, rows))
 

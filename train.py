@@ -54,7 +54,8 @@ class TrainConfig:
     steps: int = 40  # RL steps: each samples once and then updates on what it sampled
     prompts_per_step: int = 16  # prompts sampled per step, each sample.group_size times
     mini_batch_size: int = 32  # responses per optimizer step
-    micro_batch_size: int = 32  # responses per forward and backward pass, a bound on memory; changes no gradient
+    micro_batch_tokens: int = 16384  # prompt and response tokens per forward and backward pass: memory, no gradient
+    old_log_probs: str = "recompute"  # of stage 3: recompute them, or keep the sampler's (one pass less; fp32 only)
     epochs: int = 1  # passes over a step's responses
     learning_rate: float = 1e-4
     warmup_steps: int = 0  # the learning rate rises linearly over these steps
@@ -68,16 +69,16 @@ class TrainConfig:
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
-    warm_start_batch_size: int = 32
-    warm_start_learning_rate: float = 4e-3
 
     def __post_init__(self):
-        require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_size", "epochs")
-        require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every", "warm_start_batch_size")
+        require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_tokens", "epochs")
+        require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every")
         require_at_least(0, self, "warmup_steps", "warm_start_clean_steps", "warm_start_noisy_steps", "weight_decay")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={self.schedule!r}: choose constant, linear or cosine")
-        for name in ("learning_rate", "warm_start_learning_rate", "max_grad_norm", "timeout_minutes"):
+        if self.old_log_probs not in ("recompute", "sampler"):
+            raise ValueError(f"old_log_probs={self.old_log_probs!r}: choose recompute or sampler")
+        for name in ("learning_rate", "max_grad_norm", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
@@ -108,11 +109,6 @@ class Config:
                 f"{t.prompts_per_step} prompts x {group_size} samples = {responses} responses do not divide into "
                 f"mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
-        if t.mini_batch_size % t.micro_batch_size:
-            raise ValueError(
-                f"train.mini_batch_size={t.mini_batch_size} does not divide into micro-batches of "
-                f"train.micro_batch_size={t.micro_batch_size}"
-            )
         if not self.model.path and self.data.source not in data.DEMONSTRATORS:
             raise ValueError(f"model.path is empty: a model from scratch cannot learn data.source={self.data.source!r}")
         if 0 < self.data.train_size < t.prompts_per_step:
@@ -126,6 +122,8 @@ class Config:
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+WARM_START_BATCH, WARM_START_LEARNING_RATE = 32, 4e-3  # demonstrations per supervised step
+MAXIMA = ("ratio/max", "sampler_gap")  # statistics whose whole is the largest part; all others are sums
 MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
 
 
@@ -156,7 +154,7 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
     for loss, stats in losses:
         (loss * run.world_size()).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
         for key, value in {"loss": loss, **stats}.items():
-            if key == "ratio/max":
+            if key in MAXIMA:
                 maxima[key] = max(maxima.get(key, 0.0), value.item())
             else:
                 sums[key] += value.item()
@@ -177,19 +175,23 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
 
 def policy_losses(policy, config: Config, rollout: Rollout, old_log_probs, advantages) -> Iterator:
     """The (loss, stats) of each micro-batch of one optimizer step. Every token's weight is fixed before the first."""
-    mask, a, s = rollout.mask, config.algorithm, config.sample
+    mask, a, s, budget = rollout.mask, config.algorithm, config.sample, config.train.micro_batch_tokens
     weights = token_weights(mask, len(rollout), int(mask.sum()), a.loss_weights, s.max_new_tokens)
     total = weights.sum()
-    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, s.temperature, config.train.micro_batch_size):
-        constants = (x[rows, : log_probs.shape[1]].to(log_probs.device) for x in (old_log_probs, advantages, weights))
+    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, s.temperature, budget):
+        constants = [x[rows, : log_probs.shape[1]].to(log_probs.device) for x in (old_log_probs, advantages, weights)]
         loss, stats = policy_loss(log_probs, *constants, a.clip_low, a.clip_high)
-        yield loss, {key: value if key == "ratio/max" else value / total for key, value in stats.items()}
+        stats = {key: value if key in MAXIMA else value / total for key, value in stats.items()}
+        if config.train.old_log_probs == "sampler":
+            gaps = (log_probs.detach() - constants[0]).abs()
+            stats["sampler_gap"] = gaps.max() if len(rows) else gaps.sum()
+        yield loss, stats
 
 
-def imitation_losses(policy, rollout: Rollout, micro_batch_size: int) -> Iterator:
+def imitation_losses(policy, rollout: Rollout, micro_batch_tokens: int) -> Iterator:
     """The (loss, stats) of each micro-batch of one supervised step: cross-entropy per token of the demonstrations."""
     weights = token_weights(rollout.mask, len(rollout), int(rollout.mask.sum()), "token-mean")
-    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, 1.0, micro_batch_size):
+    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, 1.0, micro_batch_tokens):
         weight = weights[rows, : log_probs.shape[1]].to(log_probs)
         yield -(weight * torch.where(weight > 0, log_probs, 0.0)).sum(), {}
 
@@ -202,7 +204,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
     """
     run.fresh_folder(folder)
     t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
-    demonstrate, size = data.DEMONSTRATORS[config.data.source], t.warm_start_batch_size
+    demonstrate, size = data.DEMONSTRATORS[config.data.source], WARM_START_BATCH
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
         bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
         for step in bar:
@@ -212,8 +214,8 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
             noise = [random_for(config.seed, Draw.DEMONSTRATE, p) if stage == "noisy" else None for p in places]
             texts = [demonstrate(problems[i].prompt, source) for i, source in zip(batch, noise, strict=True)]
             rollout = Rollout.of_texts([prompts[i] for i in batch], texts, tokenizer)
-            lr = scale * learning_rate(step, steps, t.warm_start_learning_rate, min(50, steps // 5), "cosine")
-            losses = imitation_losses(policy, rollout, t.micro_batch_size)
+            lr = scale * learning_rate(step, steps, WARM_START_LEARNING_RATE, min(50, steps // 5), "cosine")
+            losses = imitation_losses(policy, rollout, t.micro_batch_tokens)
             stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
             check_refused(state, stats, step)
             run.append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
@@ -225,10 +227,14 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
 
 
 def mini_batches(n: int, config: Config, step: int) -> list[torch.Tensor]:
-    """Row indices of each optimizer step of this RL step: a new shuffle per epoch, cut into about equal parts."""
-    parts = max(1, math.ceil(n / config.train.mini_batch_size))
-    shuffles = [random_for(config.seed, Draw.SHUFFLE, step, e).permutation(n) for e in range(config.train.epochs)]
-    return [rows for shuffle in shuffles for rows in torch.from_numpy(shuffle).tensor_split(parts) if len(rows)]
+    """Row indices of each optimizer step of this RL step: a new shuffle per epoch, cut into about equal parts.
+
+    Groups are shuffled, not rows: siblings stay together, so that a pass can run their prompt once.
+    """
+    t, groups = config.train, torch.arange(n).view(-1, config.sample.group_size)
+    parts = max(1, math.ceil(n / t.mini_batch_size))
+    shuffles = [random_for(config.seed, Draw.SHUFFLE, step, e).permutation(len(groups)) for e in range(t.epochs)]
+    return [rows for shuffle in shuffles for rows in groups[shuffle].flatten().tensor_split(parts) if len(rows)]
 
 
 def check_refused(state: dict, update: dict, step: int) -> None:
@@ -361,12 +367,14 @@ def train(
 
         # 3. Log-probs.
         with timed(seconds, "time/log_probs"):
-            old_log_probs, entropy = model.rollout_log_probs(policy, learned, s.temperature, t.micro_batch_size)
-            ref_log_probs = (
-                old_log_probs  # a log-ratio of 0 everywhere: no step term
-                if reference is None
-                else model.rollout_log_probs(reference, learned, s.temperature, t.micro_batch_size)[0]
+            scored = (learned, s.temperature, t.micro_batch_tokens)
+            old_log_probs, entropy = (
+                (learned.sampler_log_probs, learned.sampler_entropy)
+                if t.old_log_probs == "sampler"
+                else model.rollout_log_probs(policy, *scored)
             )
+            # Without a reference, a log-ratio of 0 everywhere: no step term.
+            ref_log_probs = old_log_probs if reference is None else model.rollout_log_probs(reference, *scored)[0]
 
         # 4. Advantage.
         group = (learned.mask, s.group_size, a.beta)

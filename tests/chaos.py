@@ -111,7 +111,7 @@ def arm(spec: dict) -> None:
             out.write('{"step": ')
 
     wrap(train, "imitation_losses", "warm start")
-    wrap(sample.InverseCDF, "__call__", "generate")
+    wrap(sample.InverseCDF, "choose", "generate")
     wrap(train, "grade", "reward")
     wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
     wrap(train, "check_refused", "update")  # after an optimizer step

@@ -30,7 +30,7 @@ def sharpened(model):
 
 
 def tiny_model(tokenizer=None, seed: int = 0, architecture: str = "qwen2"):
-    config = ModelConfig(architecture=architecture, hidden_size=32, intermediate_size=64)
+    config = ModelConfig(scratch={"model_type": architecture, "hidden_size": 32, "intermediate_size": 64})
     return sharpened(build(config, tokenizer or chain_tokenizer(), seed))
 
 

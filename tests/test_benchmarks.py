@@ -185,7 +185,7 @@ def test_outputs_of_another_evaluation_or_model_are_never_mixed_or_overwritten(e
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(BadInput, match=r"max_new_tokens: 4 -> 5.*choose another --output"):
         evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "5")
-    with pytest.raises(BadInput, match="no grader 'oracle'"):
+    with pytest.raises(BadInput, match="grader='oracle' is not known"):
         evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "4", "--grader", "oracle")
     with pytest.raises(BadInput, match="first_prompt"):
         evaluated(tmp_path / "out.jsonl", "--limit", "2", "--max-new-tokens", "4", "--plain")
@@ -267,7 +267,7 @@ def test_a_chat_model_trains_on_gsm8k_on_two_processes_and_its_run_can_be_evalua
     said = finished(train.main, [
         f"run_dir={tmp_path / 'run'}", f"model.path={saved_chat_model(tmp_path / 'model', texts)}",
         "data.source=gsm8k", f"data.path={questions}", f"data.held_out_path={held_out}", "reward.grader=odd_length",
-        "train.steps=3", "train.prompts_per_step=4", "train.mini_batch_size=8", "train.micro_batch_size=4",
+        "train.steps=3", "train.prompts_per_step=4", "train.mini_batch_size=8", "train.micro_batch_tokens=1024",
         "sample.group_size=4", "sample.max_new_tokens=16", "eval.prompts=4",
     ], 2, tmp_path / "log")  # fmt: skip
     assert "7473 training prompts" in said and "chat template, no system prompt; stop <|im_end|>" in said

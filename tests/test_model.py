@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,11 +12,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as model_module
 from data import chain_tokenizer
-from model import ModelConfig, build, frozen, load, micro_batches, rollout_log_probs, save, shard, token_log_probs
+from model import (
+    ModelConfig,
+    build,
+    frozen,
+    load,
+    micro_batches,
+    rollout_log_probs,
+    save,
+    shard,
+    shares_prompts,
+    token_log_probs,
+)
 from run import BadInput
-from sample import SampleConfig, sample
+from sample import Rollout, SampleConfig, sample
 
 V = len(chain_tokenizer())
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
 built = pytest.mark.parametrize("kind", ["qwen2", "llama"])
 kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
 
@@ -98,27 +111,80 @@ def test_what_stands_in_the_padding_changes_nothing(kind, rollout, tmp_path):
     assert all(a[rollout.mask].equal(b[rollout.mask]) for a, b in zip(scores, score(model, rollout), strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_a_whole_rollout_is_scored_alike_in_any_micro_batches_and_0_where_masked(batch_size, rollout):
-    model = tiny_model()
-    results = rollout_log_probs(model, rollout, 0.7, batch_size)
-    for result, direct in zip(results, score(model, rollout, 0.7), strict=True):
-        torch.testing.assert_close(result, direct.detach().where(rollout.mask, 0), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+@kinds
+def test_a_whole_rollout_is_scored_alike_in_any_micro_batches_and_0_where_masked(kind, tokens, rollout, tmp_path):
+    model = any_model(kind, tmp_path)
+    plain, model.divisible_cache = model.divisible_cache, False
+    direct = score(model, rollout, 0.7)
+    model.divisible_cache = plain
+    for result, expected in zip(rollout_log_probs(model, rollout, 0.7, tokens), direct, strict=True):
+        torch.testing.assert_close(result, expected.detach().where(rollout.mask, 0), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 100])
+WINDOW = {"sliding_window": 5, "head_dim": 8}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral", "gemma3_text"])
+def test_a_prompt_run_once_for_its_siblings_gives_the_scores_and_gradients_of_rows_in_full(kind, tmp_path):
+    windows = {"mistral": WINDOW, "gemma3_text": WINDOW | LAYERS}
+    if kind in windows:  # layers that forget what is further back than their window
+        model = load(saved(hf_model(kind, **LLAMA, **windows[kind]), tmp_path))[0]
+    else:
+        model = any_model(kind, tmp_path)
+    model, g = model.double(), torch.Generator().manual_seed(0)
+    texts = ["".join("0123456789+-"[i] for i in torch.randint(0, 12, (n,), generator=g)) for n in (0, 1, 3, 7, 12, 19)]
+    rollout = Rollout.of_texts([PROMPTS[i % 4] for i in (0, 1, 0, 2, 0, 1)], texts, chain_tokenizer())
+    assert shares_prompts(model)
+    shared = scores_and_gradients(model, rollout)
+    model.divisible_cache = False
+    # Llama-like models normalise in fp32 whatever their type; gpt2 and opt are double throughout.
+    tolerance = 1e-10 if kind in ("gpt2", "opt") else 1e-5
+    torch.testing.assert_close(shared, scores_and_gradients(model, rollout), atol=tolerance, rtol=tolerance)
+
+
+@built
+def test_rows_packed_into_one_without_padding_give_the_scores_and_gradients_of_rows_in_full(kind, rollout):
+    model = tiny_model(architecture=kind)
+    model.packs_rows = True  # as with a variable-length kernel on a GPU; sdpa masks the rows from each other instead
+    assert not shares_prompts(model)
+    sizes = []
+    model.base_model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    packed = scores_and_gradients(model, rollout)
+    assert sizes == [(1, rollout.attention_mask.sum())]
+    model.packs_rows = model.divisible_cache = False
+    torch.testing.assert_close(packed, scores_and_gradients(model, rollout), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("n", [0, 1, 4, 23])
-def test_micro_batches_hold_every_row_once_and_similar_lengths_together(n, size):
-    lengths = torch.randint(1, 50, (n,), generator=torch.Generator().manual_seed(n))
-    parts = micro_batches(lengths, size)
-    assert sorted(i for part in parts for i in part.tolist()) == list(range(n))
-    assert all(1 <= len(part) <= size for part in parts)
-    assert [x for part in parts for x in lengths[part].tolist()] == sorted(lengths.tolist())
+def test_micro_batches_hold_every_row_once_within_the_budget(n, tokens, share):
+    g = torch.Generator().manual_seed(n)
+    texts = ["1" * int(length) for length in torch.randint(0, 30, (n,), generator=g)]
+    prompts = [PROMPTS[int(i)] for i in torch.randint(0, 4, (n,), generator=g)]
+    rollout = Rollout.of_texts([*prompts, PROMPTS[1]], [*texts, "1"], chain_tokenizer()).rows(0, n)
+    parts = [part.tolist() for part in micro_batches(rollout, tokens, share)]
+    assert sorted(i for part in parts for i in part) == list(range(n))
+    lengths = [len(text) + 1 for text in texts]
+
+    def size(part):
+        distinct = {tuple(prompts[i]) for i in part} if share else part
+        return len(distinct) * max(len(prompts[i]) for i in part) + len(part) * max(lengths[i] for i in part)
+
+    assert all(len(part) == 1 or size(part) <= tokens for part in parts)
+    assert all(size([*a, b[0]]) > tokens for a, b in pairwise(parts))  # no smaller than need be
+    if not share:
+        assert [lengths[i] for part in parts for i in part] == sorted(lengths)
+    elif tokens == 10_000:  # siblings stay together
+        groups = [prompts[i] for part in parts for i in part]
+        assert sum(a != b for a, b in pairwise(groups)) == max(0, len({*map(tuple, prompts)}) - 1)
 
 
 @built
 def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind):
-    config, state = ModelConfig(hidden_size=32, intermediate_size=64, architecture=kind), torch.random.get_rng_state()
+    config, state = ModelConfig(scratch=SMALL | {"model_type": kind}), torch.random.get_rng_state()
     a, b, c = (build(config, chain_tokenizer(), seed) for seed in (5, 5, 6))
     assert torch.random.get_rng_state().equal(state)
     assert a.config.model_type == kind and not a.training and a.dtype == torch.float32
@@ -128,11 +194,27 @@ def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind
     assert not any(p.requires_grad for p in frozen(a).parameters())
 
 
+@pytest.mark.parametrize(
+    ("scratch", "complaint"),
+    [
+        ({"hidden_sise": 32}, "qwen2 has no 'hidden_sise'"),
+        ({"model_type": "qwen9"}, "cannot build"),
+        ({"model_type": "t5"}, "cannot build"),
+        ({"hidden_size": 30}, "cannot build"),
+        ({"hidden_size": "big"}, "cannot build"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(scratch, complaint):
+    with pytest.raises(BadInput, match=complaint) as error:
+        build(ModelConfig(scratch=scratch), chain_tokenizer(), 0)
+    assert "\n" not in str(error.value) and "model.scratch" in str(error.value)
+
+
 def test_a_model_that_cannot_stop_or_transforms_its_logits_is_refused(tmp_path):
     tokenizer = chain_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(BadInput, match="end-of-sequence"):
-        build(ModelConfig(hidden_size=32, intermediate_size=64), tokenizer, 0)
+        build(ModelConfig(scratch=SMALL), tokenizer, 0)
     with pytest.raises(BadInput, match="logits_scaling"):
         load(saved(hf_model("granite", **LLAMA, logits_scaling=8.0), tmp_path))
 

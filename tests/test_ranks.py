@@ -29,7 +29,7 @@ LAYOUTS = {  # of two processes; the single one computes the first
 }
 
 
-def gradients(layout: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
+def gradients(layout: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
     """Every gradient and statistic of one policy update on a made-up rollout, and the rollout that it sampled before.
 
     Five responses of different lengths: in micro-batches of 1, two processes have 3 and 2, so one pass is for nothing.
@@ -41,7 +41,7 @@ def gradients(layout: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
     texts = ["b1+2=3;#3", "#7", "b1+2=4;c4*5=0;d0-1=9;#9", "", "b9*9=1;(b9*9=1)#"]
     rollout = Rollout.of_texts([PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[5]], texts, tokenizer)
     source = torch.Generator().manual_seed(0)
-    log_probs, _ = model.rollout_log_probs(policy, rollout, 1.0, micro_batch_size)
+    log_probs, _ = model.rollout_log_probs(policy, rollout, 1.0, micro_batch_tokens)
 
     policy = model.shard(tiny_model().double(), LAYOUTS[layout], torch.device("cpu"))  # fp32's noise exceeds 1e-6
     source, shape = torch.Generator().manual_seed(0), rollout.mask.shape
@@ -57,7 +57,7 @@ def gradients(layout: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
         return torch.tensor(1.0)
 
     config = train.Config()
-    config.train.micro_batch_size = micro_batch_size
+    config.train.micro_batch_tokens = micro_batch_tokens
     losses = train.policy_losses(policy, config, rollout, old_log_probs, advantages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_nothing)
@@ -70,18 +70,18 @@ def gradients(layout: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
 def gradients_of_ranks(folder) -> None:
     run.start_processes(timeout_minutes=1)
     for layout in list(LAYOUTS)[1:]:
-        for size in (1, 5):
-            save_file(gradients(layout, size), folder / f"{layout}, {size}, rank {run.rank()}")
+        for tokens in (1, 1000):
+            save_file(gradients(layout, tokens), folder / f"{layout}, {tokens}, rank {run.rank()}")
 
 
 @pytest.fixture(scope="module")
 def one():
-    return gradients("one process", 5)
+    return gradients("one process", 1000)
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    """The folder in which two processes have left their `gradients`, for each layout and micro-batch size."""
+    """The folder in which two processes have left their `gradients`, for each layout and micro-batch budget."""
     folder = tmp_path_factory.mktemp("gradients")
     process = chaos.fork(gradients_of_ranks, (folder,), 2, folder / "log")
     assert chaos.exit_code(process, 120) == 0, (folder / "log").read_text()
@@ -89,12 +89,12 @@ def of_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("micro_batch_size", [1, 5])
-def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layout, micro_batch_size, one, of_ranks):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
+def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layout, micro_batch_tokens, one, of_ranks):
     lengths = one["sampled mask"].sum(1)
     assert lengths[:3].max() != lengths[3:].max()  # one process has sampled its rows before the other has
     for rank in range(2):
-        two = load_file(of_ranks / f"{layout}, {micro_batch_size}, rank {rank}")
+        two = load_file(of_ranks / f"{layout}, {micro_batch_tokens}, rank {rank}")
         assert two.keys() == one.keys()
         for name, expected in one.items():
             if name.startswith("sampled"):

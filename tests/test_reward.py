@@ -75,7 +75,8 @@ MALFORMED = {
     "a number": b"8",
     "no reference": b'{"text": "#8"}',
     "text is null": b'{"text": null, "reference": "8"}',
-    "reference is a number": b'{"text": "#8", "reference": 8}',
+    "reference is a list": b'{"text": "#8", "reference": [8]}',
+    "reference is true": b'{"text": "#8", "reference": true}',
     "no UTF-8": b'{"text": "\xff", "reference": "8"}',
     "nested too deep": b"[" * 100_000,
 }

@@ -6,11 +6,23 @@ import math
 
 import pytest
 import torch
-from helpers import EOS, PROMPTS, any_model, keys, row_log_probs, rows_of, slow_scores, tiny_model
+from helpers import (
+    EOS,
+    LLAMA,
+    PROMPTS,
+    any_model,
+    hf_model,
+    keys,
+    row_log_probs,
+    rows_of,
+    saved,
+    slow_scores,
+    tiny_model,
+)
 
 from data import Draw, chain_tokenizer
 from model import ModelConfig, load, rollout_log_probs, save, shard, token_log_probs
-from sample import InverseCDF, Rollout, SampleConfig, sample, uniforms
+from sample import DECODING, InverseCDF, Rollout, SampleConfig, sample, uniforms
 
 CONFIG = SampleConfig(group_size=16, max_new_tokens=12, temperature=0.7)
 pads = pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -67,6 +79,9 @@ def test_log_probs_are_those_of_the_whole_softmax_at_the_temperature_and_0_is_gr
         torch.testing.assert_close(log_probs.double(), expected, atol=1e-4, rtol=0)
         choices = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
         assert temperature or response == choices
+    for (prompt, response, *_), found in zip(rows_of(rollout), rollout.sampler_entropy, strict=True):
+        _, expected = slow_scores(model, prompt, response, temperature or 1.0)
+        torch.testing.assert_close(found[: len(response)].double(), expected, atol=1e-4, rtol=0)
 
 
 @pads
@@ -96,9 +111,11 @@ def test_siblings_are_adjacent_and_differ_and_do_not_depend_on_their_number(mode
     assert rows_of(draw(model, group_size=4)) == [row for i, row in enumerate(rows) if i % 16 < 4]
 
 
-@pytest.mark.parametrize(("batch_size", "order"), [(1, range(6)), (3, [4, 0, 5, 1, 3, 2]), (128, [5, 2]), (7, [1])])
-def test_no_sample_depends_on_batch_size_or_the_order_and_company_of_prompts(batch_size, order, model, rollout):
-    part = draw(model, prompts=[PROMPTS[i] for i in order], at=[keys(6)[i] for i in order], batch_size=batch_size)
+@pytest.mark.parametrize("decoding", DECODING)
+@pytest.mark.parametrize(("tokens", "order"), [(1, [3, 1]), (50, [4, 0, 5, 1, 3, 2]), (9999, [5, 2]), (70, [1])])
+def test_no_sample_depends_on_batches_decoding_or_company(tokens, order, decoding, model, rollout):
+    at, changes = [keys(6)[i] for i in order], {"batch_tokens": tokens, "decoding": decoding}
+    part = draw(model, prompts=[PROMPTS[i] for i in order], at=at, **changes)
     assert_same(part, rollout.at(torch.cat([torch.arange(16) + 16 * i for i in order])))
 
 
@@ -133,6 +150,43 @@ def test_a_training_pass_with_gradient_checkpointing_changes_no_later_sample():
     before = draw(model)
     token_log_probs(model, tokens, torch.ones_like(tokens).bool(), 3, 1.0)[0].sum().backward()
     assert_same(draw(model), before)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral"])
+def test_the_fast_sampler_draws_the_tokens_of_the_plain_one(kind, tmp_path, monkeypatch):
+    """Rows that stop at their first token, later and never, behind ragged prompts, in batches that split groups."""
+    if kind == "mistral":  # each layer sees 5 tokens back
+        model = load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), tmp_path))[0]
+    else:
+        model = any_model(kind, tmp_path)
+    monkeypatch.setattr("sample.ROOM", 8)
+    changes = {"max_new_tokens": 30, "group_size": 5, "batch_tokens": 7 * 37}
+    plain, fast = (draw(model, decoding=decoding, **changes) for decoding in ("plain", "fast"))
+    assert_same(fast, plain)
+    torch.testing.assert_close(fast.sampler_entropy, plain.sampler_entropy, atol=1e-4, rtol=0)
+    lengths = fast.mask.sum(1)
+    assert fast.truncated.any() and (lengths == 1).any() and (~fast.truncated & (lengths > 1)).any()
+
+
+def test_each_prompt_is_run_once_and_stopped_rows_leave_the_batch(model):
+    sizes = []
+    with torch.no_grad():
+        handle = model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+        rollout = draw(model)
+        handle.remove()
+    lengths, alive = rollout.mask.sum(1).tolist(), 96
+    assert sizes[0] == (6, 7)  # 6 prompts, padded to the longest
+    for step, (rows, new) in enumerate(sizes[1:], 1):
+        going = sum(length > step for length in lengths)
+        alive = going if going <= 0.75 * alive else alive
+        assert (rows, new) == (alive, 1)
+    assert len(sizes) == 12
+
+
+def test_a_model_whose_states_rows_cannot_share_is_sampled_plainly(model, rollout, monkeypatch):
+    monkeypatch.setattr(model, "divisible_cache", False)
+    monkeypatch.setattr("sample.decode_groups", None)
+    assert_same(draw(model), rollout)
 
 
 def choose(logits, u, temperature=1.0):

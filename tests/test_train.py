@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import any_model
 from transformers import AutoModelForCausalLM
 
 import model
@@ -151,36 +152,36 @@ def hand_made_rollout(lengths, prompt_lengths):
         attended[i, P - p : P + n] = True
     mask = attended[:, P:]
     nothing = torch.zeros(len(lengths))
-    return Rollout(tokens, attended, mask, torch.zeros(mask.shape), nothing.bool(), ("",) * len(lengths))
+    return Rollout(tokens, attended, mask, *torch.zeros(2, *mask.shape), nothing.bool(), ("",) * len(lengths))
 
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"])
-def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode):
-    tokenizer = chain_tokenizer()
-    policy = model.build(model.ModelConfig(hidden_size=32, intermediate_size=32), tokenizer, seed=0).double()
+def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode, tmp_path):
+    policy = any_model("gpt2", tmp_path).double()  # computes all in double, unlike models with an fp32 RMSNorm
     rollout = hand_made_rollout([5, 1, 9, 3, 9, 2, 7, 4, 6, 8], [3, 6, 2, 5, 4, 3, 6, 2, 5, 4])
+    rollout.tokens[5:, :6], rollout.attention_mask[5:, :6] = rollout.tokens[:5, :6], rollout.attention_mask[:5, :6]
     noise = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=(2, *rollout.mask.shape)))
     old, advantages = noise[0] - 4, noise[1]
 
-    def gradient(size, rows):
+    def gradient(tokens, rows):
         config = train.Config(
-            algorithm=train.AlgorithmConfig(loss_weights=mode),
-            train=train.TrainConfig(micro_batch_size=size, mini_batch_size=size, prompts_per_step=size),
+            algorithm=train.AlgorithmConfig(loss_weights=mode), train=train.TrainConfig(micro_batch_tokens=tokens)
         )
         policy.zero_grad()
         for loss, _ in train.policy_losses(policy, config, rollout.at(rows), old[rows], advantages[rows]):
             loss.backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-    whole = gradient(10, torch.arange(10))
+    whole = gradient(1000, torch.arange(10))
     assert whole.abs().max() > 1e-6
-    for size in (1, 2, 5):
+    for tokens in (1, 24, 60):
         for rows in (torch.arange(10), torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])):
-            assert torch.allclose(gradient(size, rows), whole, rtol=0, atol=1e-10)
+            assert torch.allclose(gradient(tokens, rows), whole, rtol=0, atol=1e-10)
 
 
 def tiny_policy():
-    return model.build(model.ModelConfig(hidden_size=32, intermediate_size=32), chain_tokenizer(), seed=0)
+    small = model.ModelConfig(scratch={"hidden_size": 32, "intermediate_size": 32})
+    return model.build(small, chain_tokenizer(), seed=0)
 
 
 def test_a_non_finite_gradient_changes_nothing_and_several_in_a_row_stop_the_run():
@@ -229,13 +230,15 @@ def test_learning_rate_rises_and_then_follows_its_schedule():
     assert rates["cosine"][4:] == pytest.approx([1 + math.cos(math.pi * i / 6) for i in range(6)])
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(0, []), (3, [3]), (8, [8]), (9, [5, 4]), (24, [8, 8, 8])])
-def test_mini_batches_cover_every_row_once_per_epoch_in_about_equal_parts(n, sizes):
-    config = train.Config(train=train.TrainConfig(mini_batch_size=8, micro_batch_size=8, epochs=2))
+@pytest.mark.parametrize(("n", "sizes"), [(0, []), (8, [8]), (16, [16]), (24, [12, 12]), (40, [14, 13, 13])])
+def test_mini_batches_cover_every_row_once_per_epoch_in_about_equal_parts_with_siblings_adjacent(n, sizes):
+    config = train.Config(train=train.TrainConfig(mini_batch_size=16, epochs=2))
     parts = train.mini_batches(n, config, step=3)
     assert [len(part) for part in parts] == sizes * 2
     for epoch in (parts[: len(sizes)], parts[len(sizes) :]):
-        assert sorted(torch.cat([torch.empty(0, dtype=torch.long), *epoch]).tolist()) == list(range(n))
+        rows = torch.cat([torch.empty(0, dtype=torch.long), *epoch]).tolist()
+        assert sorted(rows) == list(range(n))
+        assert all(rows[i : i + 8] == list(range(rows[i], rows[i] + 8)) for i in range(0, n, 8))
 
 
 def test_a_step_whose_groups_are_all_dropped_changes_no_weight(tiny_run, tmp_path):
