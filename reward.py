@@ -77,7 +77,23 @@ def grade_boxed(text: str, reference) -> tuple[float, str]:
 
 # --- from answers to verdicts -------------------------------------------------------------------------------------
 
-GRADERS = {"chain": grade_chain, "boxed": grade_boxed, "number": grade_number, "math": grade_math}
+
+def grade_reasoning_gym(text: str, reference: dict) -> tuple[float, str]:
+    """A reasoning-gym task's own score of what is boxed; the reference is the task's entry."""
+    import reasoning_gym
+
+    answer = last_box(text)
+    score = reasoning_gym.get_score_answer_fn(reference["metadata"]["source_dataset"])(answer, reference)
+    return min(1.0, max(0.0, float(score))), f"boxed {answer!r}, expected {reference['answer']!r}"
+
+
+GRADERS = {
+    "chain": grade_chain,
+    "boxed": grade_boxed,
+    "number": grade_number,
+    "math": grade_math,
+    "reasoning_gym": grade_reasoning_gym,
+}
 IN_WORKER = {"math"}  # graders that may hang: they run in a killable process
 IN_THREAD = IN_WORKER  # graders that leave the work to another process: as many at once as there are cores
 

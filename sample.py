@@ -11,6 +11,7 @@ batched, on which rows have finished, or on how many processes share the work.
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import yaml
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from data import DataConfig, Draw, encode_prompts, load_problems, random_for, require_at_least
+from data import DataConfig, Draw, Problem, dressed, encode_prompts, load_problems, random_for, require_at_least
 from model import ModelConfig, first_of_each_prompt, load
 from reward import grade
 from run import BadInput, choose_threads, command_line, rank, shared
@@ -384,9 +385,12 @@ def main() -> None:
     if (args.temperature or 0) < 0 or args.samples < 1 or (args.max_new_tokens or 1) < 1:
         raise BadInput("--temperature must not be negative, --samples and --max-new-tokens must be at least 1")
     settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
+    data_config = DataConfig(**config.get("data", {}))
 
-    if args.prompt is not None:
-        problems, prompts = [], [tokenizer(args.prompt).input_ids] * args.samples
+    if args.prompt is not None:  # asked as the run asked its problems
+        asked = dressed([Problem(args.prompt, None, "")], data_config)
+        prompts = encode_prompts(asked, tokenizer, sys.maxsize, data_config.chat_template)[1] * args.samples
+        problems = []
         longest = context_left(model, settings.max_new_tokens, len(prompts[0]))
         if len(prompts[0]) > longest:
             raise BadInput(f"the prompt has {len(prompts[0])} tokens; the model's context leaves room for {longest}")
@@ -395,10 +399,10 @@ def main() -> None:
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompts[0]:
             raise BadInput(f"the prompt {args.prompt!r} has characters that this model's tokenizer does not know")
     elif config:
-        data_config = DataConfig(**config["data"])
         limit = context_left(model, settings.max_new_tokens, data_config.max_prompt_tokens)
-        held_out = load_problems(data_config, config["seed"])[1]
-        problems, prompts = (part[: args.samples] for part in encode_prompts(held_out, tokenizer, limit))
+        held_out = load_problems(data_config, config["seed"], config["reward"]["grader"])[1]
+        encoded = encode_prompts(held_out, tokenizer, limit, data_config.chat_template)
+        problems, prompts = (part[: args.samples] for part in encoded)
     else:
         raise BadInput(f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a prompt")
     keys = [(args.seed, Draw.EVALUATE, i) for i in range(len(prompts))]

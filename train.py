@@ -109,7 +109,9 @@ class Config:
                 f"{t.prompts_per_step} prompts x {group_size} samples = {responses} responses do not divide into "
                 f"mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
-        if t.prompts_per_step > self.data.train_size:
+        if not self.model.path and self.data.source not in data.DEMONSTRATORS:
+            raise ValueError(f"model.path is empty: a model from scratch cannot learn data.source={self.data.source!r}")
+        if 0 < self.data.train_size < t.prompts_per_step:
             raise ValueError(f"train.prompts_per_step={t.prompts_per_step} > data.train_size={self.data.train_size}")
         if self.eval.prompts > self.data.held_out_size:
             raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={self.data.held_out_size}")
@@ -292,7 +294,7 @@ def main() -> None:
     config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = run.start_processes(config.train.timeout_minutes)
     run.catch_signals()
-    train_problems, held_out = data.load_problems(config.data, config.seed)
+    train_problems, held_out = data.load_problems(config.data, config.seed, config.reward.grader)
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
     else:
@@ -301,9 +303,10 @@ def main() -> None:
             policy = model.build(config.model, tokenizer, config.seed)
     run.choose_threads(policy.num_parameters())
     longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
-    problems, prompts = data.encode_prompts(train_problems, tokenizer, longest)
-    eval_set = [part[: config.eval.prompts] for part in data.encode_prompts(held_out, tokenizer, longest)]
-    say(describe(config, policy, device, len(problems), len(eval_set[0])))
+    limits = (longest, config.data.chat_template)
+    problems, prompts = data.encode_prompts(train_problems, tokenizer, *limits)
+    eval_set = [part[: config.eval.prompts] for part in data.encode_prompts(held_out, tokenizer, *limits)]
+    say(describe(config, policy, tokenizer, device, problems, len(eval_set[0])))
     if config.dry_run:
         say(dry_run_report(config, policy, tokenizer, prompts))
         return

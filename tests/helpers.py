@@ -1,7 +1,13 @@
 """What the tests share: tiny models whose context matters, and the slow way to score one response."""
 
+import json
+import os
+from pathlib import Path
+
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from data import Draw, chain_tokenizer
 from model import ModelConfig, build, load
@@ -49,6 +55,53 @@ def any_model(kind: str, folder, tokenizer=None):
     if kind not in SIZES:
         return tiny_model(tokenizer, architecture=kind)
     return load(saved(hf_model(kind, **SIZES[kind]), folder, tokenizer))[0]
+
+
+PUBLISHED = Path(os.environ.get("BENCHMARK_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def published(name: str) -> Path:
+    """A benchmark's file as published; the test is skipped where it is not on this machine."""
+    if not (PUBLISHED / name).exists():
+        pytest.skip(f"{PUBLISHED / name} is not there: set BENCHMARK_DATA to a folder with the published files")
+    return PUBLISHED / name
+
+
+def chat_tokenizer(texts: list[str], vocabulary: int = 600, template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from `texts`, with Qwen's special tokens and its kind of chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+def saved_chat_model(folder: Path, texts: list[str], template: str | None = CHATML) -> Path:
+    """A random Qwen2 of two layers in `folder`, with a tokenizer learned from `texts`: what a Hub model looks like."""
+    tokenizer = chat_tokenizer(texts, template=template)
+    config = AutoConfig.for_model(
+        "qwen2", **LLAMA | {"hidden_size": 64}, num_attention_heads=4, vocab_size=len(tokenizer) + 21,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return saved(model, folder, tokenizer)
+
+
+def jsonl(file: Path, rows: list) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def keys(n: int, seed: int = 0, purpose: int = Draw.SAMPLE):

@@ -1,13 +1,20 @@
-"""The chain task against an evaluator written from its description; the order of prompts; the tokenizer."""
+"""The chain task against an evaluator written from its description; published rows, splits, chat templates."""
 
+import json
 import random
+import sys
 from collections import Counter
+from dataclasses import replace
 
+import chaos
 import pytest
-from helpers import BOS, UNK
+from helpers import BOS, CHATML, UNK, chat_tokenizer, jsonl, published
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import data
+import run
+import train
 from data import DataConfig, Draw, Problem, chain_solution, chain_tokenizer, encode_prompts, index_at, load_problems
 from run import BadInput
 
@@ -40,7 +47,7 @@ def test_more_problems_than_there_are_is_bad_input(sizes):
         load_problems(DataConfig(train_size=sizes[0], held_out_size=sizes[1], min_steps=1, max_steps=1), 0)
 
 
-@pytest.mark.parametrize("field", ["train_size=0", "held_out_size=0", "min_steps=0", "max_steps=2", "max_steps=26"])
+@pytest.mark.parametrize("field", ["train_size=-1", "held_out_size=0", "min_steps=0", "max_steps=2", "max_steps=26"])
 def test_impossible_sizes_are_refused_by_name(field):
     name, value = field.split("=")
     with pytest.raises(ValueError, match=field):
@@ -115,8 +122,309 @@ def test_prompts_that_are_too_long_are_left_out_whole_and_counted(capsys):
     tokenizer = chain_tokenizer()
     problems = [Problem(prompt, "8", "chain") for prompt in ("3b+5?", "3b+5c*2?", "4b+5?")]
     kept, prompts = encode_prompts(problems, tokenizer, limit=6)  # the begin token counts
-    assert kept == [problems[0], problems[2]] and prompts == [tokenizer(p.prompt).input_ids for p in kept]
+    assert kept == [problems[0], problems[2]] and list(prompts) == [tokenizer(p.prompt).input_ids for p in kept]
     assert "left out 1 of 3 prompts" in capsys.readouterr().out
     assert encode_prompts(problems, tokenizer, limit=9)[0] == problems and not capsys.readouterr().out
+    assert (prompts[0], list(prompts[1:]), prompts[-1]) == (list(prompts)[-2], list(prompts)[1:], list(prompts)[1])
     with pytest.raises(BadInput, match="max_prompt_tokens"):
         encode_prompts(problems, tokenizer, limit=5)
+
+
+# --- published datasets -------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is $2^2$?"}]
+CASES = '{"inputs": ["1\\n"], "outputs": ["2\\n"]}'
+READ = {  # shape -> [(row as published, question, reference, grader)]
+    "file": [({"prompt": "a {b}", "reference": [{"c": None}], "grader": "chain"}, "a {b}", [{"c": None}], "chain")],
+    "gsm8k": [({"question": "Q?", "answer": "#### no\n1+1=<<1+1=2>>2\n#### 1,080"}, "Q?", "1,080", "number")],
+    "aime": [({"question": "Q?", "answer": "025", "url": ".../2023_AIME_I"}, "Q?", "25", "number")],
+    "aime24": [({"problem": "Q?", "answer": "7", "url": ".../2024_AIME_II_Problems"}, "Q?", "7", "number")],
+    "amc": [
+        ({"question": "Q?", "answer": 142.0}, "Q?", "142", "number"),
+        ({"question": "Q?", "answer": -0.5}, "Q?", "-0.5", "number"),
+    ],
+    "math500": [
+        ({"problem": "Q?", "expected_answer": "\\frac12", "solution": "..."}, "Q?", "\\frac12", "math"),
+        ({"problem": "Q?", "answer": "0", "solution": "..."}, "Q?", "0", "math"),
+    ],
+    "minerva": [
+        ({"problem": "Q?", "solution": r"\boxed{1} so \boxed {\frac{1}{2}} cm"}, "Q?", r"\frac{1}{2}", "math"),
+        ({"problem": "Q?", "solution": r"\boxed{a_{1}} and \boxed{open {"}, "Q?", "a_{1}", "math"),
+    ],
+    "olympiadbench": [
+        (
+            {"context": "C.", "question": "Q?", "final_answer": ["4.2"], "is_multiple_answer": False, "unit": "%",
+             "error": "1e-1"},
+            "C.\n\nQ?", {"answer": "4.2", "multiple": False, "tolerance": 0.1, "unit": "%"}, "math",
+        ),
+        (
+            {"question": "Q?", "final_answer": ["$69$", "84"], "is_multiple_answer": True, "unit": None, "error": None},
+            "Q?", {"answer": "$69$, 84", "multiple": True, "tolerance": None, "unit": None}, "math",
+        ),
+    ],
+    "eurus": [
+        ({"prompt": CHAT, "ability": "math", "reward_model": {"ground_truth": "4"}}, CHAT[1]["content"], "4", "math"),
+        (
+            {"prompt": CHAT[1:], "ability": "code", "reward_model": {"ground_truth": CASES}},
+            CHAT[1]["content"], {"inputs": ["1\n"], "outputs": ["2\n"]}, "code",
+        ),
+    ],
+}  # fmt: skip
+FILES = {  # shape -> (file, rows of this shape, grader, question with this in it has this reference)
+    "gsm8k": ("gsm8k/test.jsonl", 1319, "number", "lay 16 eggs per day", "18"),
+    "math500": ("math500/math_test_cleaned.json", 500, "math", "2^8=4^x", "4"),
+    "aime": ("aime/aimo-validation-aime.jsonl", 90, "number", "(16,54)", "116"),
+    "aime24": ("aime/aimo-validation-aime.jsonl", 30, "number", "Aya goes", "204"),
+    "amc": ("amc/aimo-validation-amc.jsonl", 83, "number", "Irreducible fraction value", "142"),
+    "minerva": ("minerva_math/test.jsonl", 272, "math", "Magellan", "1.6"),
+    "olympiadbench": (
+        "olympiadbench/test.jsonl", 675, "math", "Xenia and Sergey",
+        {"answer": "2", "multiple": False, "tolerance": None, "unit": None},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", READ)
+def test_a_row_becomes_its_question_its_answer_and_its_grader(shape):
+    for row, question, reference, grader in READ[shape]:
+        problem = data.ROWS[shape](row)
+        assert (problem.prompt, problem.reference, problem.grader) == (question, reference, grader)
+        assert problem.system == ("Think." if row.get("prompt") == CHAT else "")
+
+
+@pytest.mark.parametrize("shape", FILES)
+def test_a_published_file_is_read_whole(shape):
+    name, n, grader, words, reference = FILES[shape]
+    problems = data.read_problems(shape, str(published(name)))
+    assert len(problems) == n and {problem.grader for problem in problems} == {grader}
+    assert [problem.reference for problem in problems if words in problem.prompt] == [reference]
+    json.dumps([problem.reference for problem in problems])
+
+
+def test_rows_of_another_set_are_left_out_and_counted(tmp_path, capsys):
+    aime = [{"question": f"Q{year}", "answer": "1", "url": f"{year}_AIME_I"} for year in (2022, 2023, 2024)]
+    assert [p.prompt for p in data.read_problems("aime24", jsonl(tmp_path / "a.jsonl", aime))] == ["Q2024"]
+    assert "2 of 3 rows" in capsys.readouterr().out
+    eurus = [row for row, *_ in READ["eurus"]]
+    assert [p.grader for p in data.read_problems("eurus_math", jsonl(tmp_path / "e.jsonl", eurus))] == ["math"]
+    with pytest.raises(BadInput, match="no 'aime24' rows"):
+        data.read_problems("aime24", jsonl(tmp_path / "b.jsonl", aime[:2]))
+
+
+@pytest.mark.parametrize(
+    "shape, row, complaint",
+    [
+        ("gsm8k", {"question": "Q?", "answer": "18"}, "no '####'"),
+        ("gsm8k", {"question": "Q?", "answer": "18 ####"}, "reference is empty"),
+        ("gsm8k", {"prompt": "Q?"}, "KeyError: 'answer'"),
+        ("gsm8k", 5, "TypeError"),
+        ("gsm8k", {"question": " ", "answer": "#### 1"}, "prompt is no text"),
+        ("file", {"prompt": ["Q?"], "reference": 1}, "prompt is no text"),
+        ("amc", {"question": "Q?", "answer": "six"}, "could not convert"),
+        ("minerva", {"problem": "Q?", "solution": "it is {6}"}, "reference is empty"),
+        ("eurus", {"prompt": [CHAT[1]] * 2, "ability": "math", "reward_model": {"ground_truth": "4"}}, "one user's"),
+        ("eurus", {"prompt": CHAT, "ability": "chess", "reward_model": {"ground_truth": "4"}}, "KeyError: 'chess'"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_file_and_place_in_one_line(shape, row, complaint, tmp_path):
+    with pytest.raises(BadInput, match=rf"^[^\n]*rows\.jsonl, line 2[^\n]*{complaint}[^\n]*$"):
+        data.read_problems(shape, jsonl(tmp_path / "rows.jsonl", [READ[shape][0][0], row]))
+
+
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "a", "reference": 1}\n{"prompt": ')
+    (tmp_path / "odd.json").write_text('{"prompt": "a"}')
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\n")
+    for name, words in (("torn", "line 2"), ("odd", "odd.json"), ("binary", "binary"), ("none", "No such file")):
+        file = next(tmp_path.glob(f"{name}*"), tmp_path / "none.jsonl")
+        with pytest.raises(BadInput, match=f"^[^\\n]*{words}[^\\n]*$"):
+            data.read_problems("file", str(file))
+    for path, package in (("rows.parquet", "pyarrow"), ("openai/gsm8k:main", "datasets")):
+        monkeypatch.setitem(sys.modules, f"{package}.parquet" if package == "pyarrow" else package, None)
+        with pytest.raises(BadInput, match=f"pip install {package}"):
+            data.read_problems("file", path)
+
+
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
+    rows = [{"prompt": f"Q{i}?", "reference": str(i), "grader": "chain"} for i in range(12)]
+    expected = data.read_problems("file", jsonl(tmp_path / "a.jsonl", rows))
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    files = [tmp_path / "list.json", tmp_path / "columns.json"]
+    for file in files:
+        assert data.read_problems("file", str(file)) == expected
+
+
+def test_rows_are_the_same_from_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [row for row, *_ in READ["eurus"]] * 3
+    expected = data.read_problems("eurus", jsonl(tmp_path / "a.jsonl", rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=4)
+    assert data.read_problems("eurus", str(tmp_path / "rows.parquet")) == expected
+
+
+def test_a_name_that_is_no_file_is_a_dataset_of_the_hub_with_its_split(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)  # a folder of this name stands in for the Hub's
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "us" / "sums").mkdir(parents=True)
+    for split, n in (("train", 5), ("test", 2)):
+        jsonl(
+            tmp_path / "us" / "sums" / f"{split}.jsonl",
+            [{"question": f"{split} {i}", "answer": "#### 1"} for i in range(n)],
+        )
+    assert [p.prompt for p in data.read_problems("gsm8k", "us/sums@test")] == ["test 0", "test 1"]
+    assert len(data.read_problems("gsm8k", "us/sums")) == len(data.read_problems("gsm8k", "us/sums:default@train")) == 5
+    with pytest.raises(BadInput, match="us/sums@nowhere"):
+        data.read_problems("gsm8k", "us/sums@nowhere")
+
+
+# --- splits and prompts -------------------------------------------------------------------------------------------
+
+
+def numbered(file, numbers) -> str:
+    return jsonl(file, [{"prompt": f"What is {i}?", "reference": str(i), "grader": "chain"} for i in numbers])
+
+
+def numbers(problems) -> list[int]:
+    return [int(problem.reference) for problem in problems]
+
+
+def test_held_out_questions_depend_on_the_questions_alone_and_are_never_trained_on(tmp_path):
+    straight = DataConfig("file", numbered(tmp_path / "a.jsonl", [*range(60), *range(30)]), held_out_size=20)
+    shuffled = random.Random(0).sample([*range(60), *range(30)], 90)
+    mixed = replace(straight, path=numbered(tmp_path / "b.jsonl", shuffled), prompt="Say: {question}")
+    train, held_out = load_problems(straight, 0)
+    assert len(held_out) == 20 and not set(numbers(train)) & set(numbers(held_out))
+    assert set(numbers(train)) | set(numbers(held_out)) == set(range(60))
+    assert [numbers(part) for part in load_problems(mixed, 1)] == [numbers(train), numbers(held_out)]
+    few = load_problems(replace(straight, train_size=15), 0)
+    assert few == (train[:15], held_out) and numbers(few[0]) != sorted(numbers(few[0]))  # not the first of the file
+    with pytest.raises(BadInput, match="held_out_size=90"):
+        load_problems(replace(straight, held_out_size=90), 0)
+
+
+def test_a_file_of_held_out_questions_is_used_and_kept_out_of_training(tmp_path):
+    config = DataConfig(
+        "file", numbered(tmp_path / "a.jsonl", range(40)), numbered(tmp_path / "b.jsonl", range(35, 50))
+    )
+    train, held_out = load_problems(config, 0)
+    assert sorted(numbers(train)) == list(range(35)) and sorted(numbers(held_out)) == list(range(35, 50))
+    assert len(load_problems(replace(config, held_out_size=4), 0)[1]) == 4
+
+
+def test_the_prompt_goes_around_the_question_whatever_braces_either_has(tmp_path):
+    rows = [{"question": r"What is {question} in \{x\}? {}", "answer": "#### 1"}] * 2
+    config = DataConfig("gsm8k", jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows[:1]))
+    ((problem,),) = [data.dressed(data.read_problems("gsm8k", config.held_out_path), config)]
+    assert problem.prompt.startswith(rows[0]["question"]) and problem.prompt.endswith(r"within \boxed{}.")
+    own = replace(config, prompt=r"\boxed{} {question} {", system_prompt="Be brief.")
+    (problem,) = data.dressed([Problem("Q?", "1", "number", "Be long.")], own)
+    assert (problem.prompt, problem.system) == (r"\boxed{} Q? {", "Be brief.")
+    (problem,) = data.dressed([Problem("Q?", "1", "math", "As the row says.")], replace(config, source="eurus"))
+    assert (problem.prompt, problem.system) == ("Q?", "As the row says.")  # which asks for its box itself
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        ({"source": "gsm8k"}, "needs|path=''"),
+        ({"path": "rows.jsonl"}, "source='chain'.*rows.jsonl"),
+        ({"source": "reasoning_gym", "path": "chain_sum", "held_out_path": "x"}, "held_out_path='x'"),
+        ({"prompt": "Answer!"}, "{question}"),
+        ({"source": "gsm9k"}, "gsm9k.*choose one of"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        DataConfig(**fields)
+
+
+def test_a_grader_that_there_is_not_is_refused_unless_one_is_named_for_all(tmp_path):
+    rows = [{"prompt": f"Q{i}?", "reference": "1", "grader": "oracle"} for i in range(3)]
+    config = DataConfig("file", jsonl(tmp_path / "a.jsonl", rows), held_out_size=1)
+    with pytest.raises(BadInput, match=r"'oracle'.*chain"):
+        load_problems(config, 0)
+    assert len(load_problems(config, 0, "chain")[0]) == 2
+
+
+BOS_TEMPLATE = "<|endoftext|>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}[assistant]"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+DEAF = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
+ASKED = [Problem("What is 1+1?", "2", "chain", "Be brief.\n"), Problem("Why?", "2", "chain")]
+SAMPLE_TEXT = ["What is 1+1? Be brief. Why? user assistant system"] * 3
+
+
+def in_chat(template: str, chat_template: bool = True) -> list[str]:
+    tokenizer = chat_tokenizer(SAMPLE_TEXT, template=template)
+    return [tokenizer.decode(ids) for ids in encode_prompts(ASKED, tokenizer, 99, chat_template)[1]]
+
+
+def test_a_prompt_is_the_tokenizers_own_chat_up_to_the_models_turn():
+    tokenizer = chat_tokenizer(SAMPLE_TEXT)
+    turns = [[{"role": "system", "content": "Be brief.\n"}], []]
+    for ids, problem, before in zip(encode_prompts(ASKED, tokenizer, 99)[1], ASKED, turns, strict=True):
+        messages = [*before, {"role": "user", "content": problem.prompt}]
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert in_chat(CHATML)[1] == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DEAF])
+def test_a_template_without_a_systems_turn_gets_the_system_prompt_in_the_users(template):
+    expected = "<|im_start|>user\nBe brief.\n\n\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert in_chat(template)[0] == expected
+
+
+def test_a_template_writes_the_begin_token_once_even_where_the_tokenizer_adds_one():
+    tokenizer = chat_tokenizer(SAMPLE_TEXT, template=BOS_TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert tokenizer("Why?").input_ids[0] == 0
+    for chat in (True, False):  # the plain text has one too
+        assert [ids.count(0) for ids in encode_prompts(ASKED, tokenizer, 99, chat)[1]] == [1, 1]
+
+
+def test_without_a_template_the_model_goes_on_with_the_plain_text():
+    plain = ["Be brief.\n\n\nWhat is 1+1?", "Why?"]
+    assert in_chat(CHATML, chat_template=False) == in_chat(None) == plain
+
+
+def test_a_systems_turn_that_every_row_repeats_is_kept_in_memory_once():
+    rows = [json.loads(json.dumps(READ["eurus"][0][0])) for _ in range(2)]
+    first, second = (data.eurus_row(row).system for row in rows)
+    assert first is second
+
+
+def test_reasoning_gym_makes_tasks_that_its_own_scorer_takes_back():
+    gym = pytest.importorskip("reasoning_gym")
+    config = DataConfig("reasoning_gym", "chain_sum", train_size=40, held_out_size=10)
+    (train, held_out), again = (data.reasoning_gym_problems(config, seed) for seed in (0, 0))
+    assert (train, held_out) == again != data.reasoning_gym_problems(config, 1)
+    assert (len(train), len(held_out)) == (40, 10)
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    score = gym.get_score_answer_fn("chain_sum")
+    assert all(score(p.reference["answer"], p.reference) == 1 and json.dumps(p.reference) for p in train)
+    with pytest.raises(BadInput, match="'sums' is no reasoning-gym task"):
+        data.reasoning_gym_problems(replace(config, path="sums"), 0)
+
+
+# --- configs ------------------------------------------------------------------------------------------------------
+
+CONFIGS = chaos.ROOT / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one_that_training_takes(path):
+    config = run.read_config(train.Config, [str(path)], path)
+    assert config.run_dir == f"runs/{path.stem}" and config.data.source in data.SOURCES
+
+
+@pytest.mark.parametrize("name", [path.stem.removeprefix("spro_") for path in CONFIGS.glob("spro_*.yaml")])
+def test_twin_configs_differ_in_the_estimator_alone(name):
+    spro, grpo = (run.flat(run.plain(run.read_config(train.Config, [str(CONFIGS / f"{kind}_{name}.yaml")], None)))
+                  for kind in ("spro", "grpo"))  # fmt: skip
+    differing = {key for key in spro if spro[key] != grpo[key]}
+    assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
+    assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")
