@@ -59,7 +59,7 @@ def test_training_needs_the_six_packages_alone():
         "numpy",
         "tqdm",
         "yaml",
-        *("sympy", "latex2sympy2_extended"),  # in workers of the math grader alone: requirements-extra.txt
+        *("sympy", "latex2sympy2_extended", "reasoning_gym"),  # where they are needed: requirements-extra.txt
     }  # transformers brings tokenizers
 
 
@@ -76,7 +76,7 @@ def test_every_config_field_is_read_somewhere():
 def test_the_budget_of_knobs_and_lines_holds():
     assert len(run.all_keys(train.Config)) <= 60
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SOURCES}
-    assert sum(lines.values()) <= 3500 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 1400
+    assert sum(lines.values()) <= 4600 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 1650
     for name, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (name, node.name) != ("train", "train"):  # the visible loop
