@@ -1,0 +1,263 @@
+"""What the benchmarks share: the work, a random model on disk, forced lengths, clocks, memory, processes on demand.
+
+Linux only (memory is read from /proc). A benchmark imports this first: it puts the repository's root on the path.
+"""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+EOS = 2
+HAZARD = 1 / 64  # chance per token that a response of a ragged batch ends
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training step: prompts x group_size responses by a Qwen2-shaped model with random weights."""
+
+    prompts: int = 8
+    group_size: int = 8
+    prompt_tokens: int = 96
+    new_tokens: int = 160  # the longest response
+    lengths: str = "ragged"  # or full: all of new_tokens
+    rows_per_pass: int = 16  # the micro-batch
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate: int = 768
+    vocabulary: int = 260
+
+
+TINY = Work(
+    prompts=2, group_size=2, prompt_tokens=8, new_tokens=8, rows_per_pass=2, hidden=32, layers=1, intermediate=64
+)
+
+
+def make_model(folder: Path, work: Work, tied: bool = False) -> int:
+    """Save a model with random weights (seed 0) and a tokenizer of single bytes and unused words -> its parameters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<unused {i}>" for i in range(len(names), work.vocabulary)]
+    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=work.vocabulary,
+            hidden_size=work.hidden,
+            num_hidden_layers=work.layers,
+            num_attention_heads=work.heads,
+            num_key_value_heads=work.kv_heads,
+            intermediate_size=work.intermediate,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=EOS,
+        )
+    )
+    model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def texts(n: int, tokens: int) -> list[str]:
+    """n different prompts, one token per character."""
+    draw = random.Random(0)
+    return ["".join(draw.choices("0123456789+-*=() abcdefghijklmnopqrstuvwxyz", k=tokens)) for _ in range(n)]
+
+
+def response_lengths(uniforms, work: Work):
+    """The forced length of each response, by its first uniform number [B] in [0, 1) -> [B], 1..new_tokens."""
+    if work.lengths == "full":
+        return (uniforms * 0 + work.new_tokens).long()
+    return (1 + ((1 - uniforms).log() / math.log(1 - HAZARD)).floor()).clamp(max=work.new_tokens).long()
+
+
+def with_length_forced(scores, lengths, step: int):
+    """logits [b, V] of token `step`, from 0 -> the same, with the stop impossible before a row's end and sure at it."""
+    scores = scores.clone()
+    scores[:, EOS] = -math.inf
+    ends = step + 1 >= lengths
+    scores[ends] = -math.inf
+    scores[ends, EOS] = 0.0
+    return scores
+
+
+def force_lengths(work: Work) -> None:
+    """Make our sampler end each response where `response_lengths` says; it records the model's own log-probs still."""
+    import sample
+
+    class Forced(sample.InverseCDF):
+        def choose(self, scores, rows, step):
+            lengths = response_lengths(self.uniforms[:, 0], work)[rows]
+            ids = super().choose(with_length_forced(scores, lengths, step), rows, step)
+            log_p = (scores[:, : self.vocabulary].float() / (self.temperature or 1.0)).log_softmax(-1)
+            self.log_probs[rows, step] = log_p.gather(-1, ids[:, None])[:, 0]
+            return ids
+
+    sample.InverseCDF = Forced
+
+
+# --- clocks and memory --------------------------------------------------------------------------------------------
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def now() -> tuple[float, float]:
+    """(CPU seconds of this process, wall seconds), the GPU's queue being empty."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
+    return time.process_time(), time.perf_counter()
+
+
+def seconds_of(work) -> tuple[float, object]:
+    """(seconds, result) of `work()`: CPU seconds, which neighbours on the machine hardly change; on a GPU wall."""
+    start = now()
+    result = work()
+    return now()[on_gpu()] - start[on_gpu()], result
+
+
+def memory() -> tuple[float, float]:
+    """(now, peak since `reset_peak`) in MiB: resident, or allocated on the GPU."""
+    if on_gpu():
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
+
+
+def reset_peak() -> None:
+    if on_gpu():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+# --- processes that work on demand --------------------------------------------------------------------------------
+
+
+class Worker:
+    """A child process that has imported and loaded everything and does one step each time it is called.
+
+    `script --worker SETTINGS` must build a `Steps` and go through its begin, stages and end again and again.
+    """
+
+    def __init__(self, script: str, settings: dict, threads: int):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--worker", json.dumps({**settings, "cores": cores})],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def __call__(self) -> dict:
+        """One step's measurements, as `Steps.end` sends them. The child's own words are shown if it dies."""
+        try:
+            print("go", file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            self.log.seek(0)
+            sys.exit(f"error: a worker died; its last words:\n{self.log.read()[-4000:]}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Steps:
+    """The child's side of a Worker: waits to be asked, clocks a step and its stages, and answers."""
+
+    def __init__(self, cores: list[int]):
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what the code under test prints goes to the log
+        if not on_gpu():
+            os.sched_setaffinity(0, cores)
+        self.idle = self.start = self.stage_now = None
+
+    def begin(self) -> None:
+        """Wait until a step is wanted, and start its clock."""
+        if self.idle is None:
+            reset_peak()
+            self.idle = memory()[0]
+        if not sys.stdin.readline():
+            os._exit(0)  # the parent is gone
+        self.stages, self.counts = defaultdict(lambda: [0.0, 0.0]), defaultdict(int)
+        self.start = now()
+
+    @contextmanager
+    def stage(self, name: str):
+        """Clock a block as part of a stage, unless a stage is being clocked already."""
+        if self.start is None or self.stage_now:
+            yield
+            return
+        self.stage_now, start = name, now()
+        yield
+        self.stage_now = None
+        self.stages[name] = [total + b - a for total, a, b in zip(self.stages[name], start, now(), strict=True)]
+
+    def clocked(self, inner, stage: str):
+        """The same function, clocked."""
+
+        def outer(*args, **kwargs):
+            with self.stage(stage):
+                return inner(*args, **kwargs)
+
+        return outer
+
+    def clock(self, owner, method: str, stage: str) -> None:
+        """Clock a method of one object."""
+        setattr(owner, method, self.clocked(getattr(owner, method), stage))
+
+    def end(self, tokens: int) -> None:
+        """Answer: tokens sampled, {stage: [CPU s, wall s]}, positions by model and stage, memory in MiB."""
+        step = [b - a for a, b in zip(self.start, now(), strict=True)]
+        rest = [whole - sum(part[i] for part in self.stages.values()) for i, whole in enumerate(step)]
+        answer = {"tokens": tokens, "stages": {**self.stages, "rest": rest, "step": step}, "counts": self.counts}
+        print(json.dumps({**answer, "idle": self.idle, "peak": memory()[1]}), file=self.answers, flush=True)
+        self.start = None
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[list]) -> str:
+    """Rows as aligned text: the first column to the left, the others to the right; floats with three digits."""
+    cells = [[f"{x:.3g}" if isinstance(x, float) and abs(x) < 100 else f"{x:.0f}" if isinstance(x, float) else str(x)
+              for x in row] for row in rows]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    )
