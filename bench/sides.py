@@ -68,13 +68,16 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         "model.attention": settings["attention"],
         "model.dtype": "float32",
         "data.source": "bench",
+        "data.path": "made here",
         "data.train_size": PROMPTS,
         "sample.group_size": work.group_size,
         "sample.max_new_tokens": work.new_tokens,
         "algorithm.beta": 0.04,
         "train.prompts_per_step": work.prompts,
         "train.mini_batch_size": work.prompts * work.group_size,
-        "train.micro_batch_tokens": work.rows_per_pass * (work.prompt_tokens + work.new_tokens),
+        # As many rows as the peer's pass if all are full, their prompts once: shorter ones share the room.
+        "train.micro_batch_tokens": -(-work.rows_per_pass // work.group_size) * work.prompt_tokens
+        + work.rows_per_pass * work.new_tokens,
         "train.learning_rate": 1e-6,
         "eval.prompts": 1,
         **{key: 10**9 for key in ("train.steps", "train.save_every", "train.dump_every", "eval.every")},
