@@ -269,7 +269,7 @@ class _Box:
             job |= {"source": job["source"].encode("utf-8", "surrogatepass"), "bounds": bounds, "paths": paths}
             theirs["job"] = _memory_file(marshal.dumps(job | {"pipe": pipe, "result": theirs["result"]}, 2))
             theirs["seccomp"] = _memory_file(_seccomp_filter() if self.contained else b"")
-            python = ["-S", "-s", "-B", "-X", "int_max_str_digits=0", "-c", INSIDE, str(theirs["job"])]
+            python = ["-S", "-s", "-B", "-X", "int_max_str_digits=0", "-c", INSIDE[job["kind"]], str(theirs["job"])]
             self.process = subprocess.Popen(
                 level.command(uid, theirs["seccomp"], theirs["status"]) + python,
                 **{name: theirs[name] for name in ("stdin", "stdout", "stderr")},
@@ -317,7 +317,8 @@ class _Box:
         for folder in ("tmp", "dev/shm") if self.first else ():
             with suppress(OSError):
                 place = os.statvfs(f"/proc/{self.first}/root/{folder}")
-                if place.f_files - place.f_ffree > FILES:
+                ours = place.f_blocks * place.f_frsize == DISK  # before the box is built it is this machine's
+                if ours and place.f_files - place.f_ffree > FILES:
                     self.stop("MLE", f"more than {FILES} files in /{folder}")
 
     def close(self) -> None:
@@ -397,14 +398,14 @@ def _run(*boxes: _Box) -> Outcome:
 # --- a box, seen from inside: these functions are sent there as source, and find nothing else of this file ---------
 
 
-def _inside(job_file: int) -> None:
+def _inside(job_file):
     """Process 1 of a box: set the limits, do the job in a child, and end with its exit code."""
+    import _sitebuiltins
+    import builtins
     import marshal
-    import os
+    import posix  # not os, which takes 5 ms to import
     import resource
-    import site
     import sys
-    import types
 
     with open(job_file, "rb") as file:
         job = marshal.load(file)
@@ -412,34 +413,34 @@ def _inside(job_file: int) -> None:
         hard = resource.getrlimit(getattr(resource, name))[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(getattr(resource, name), (value, value))
-    child = os.fork()
+    child = posix.fork()
     if child:
         ended = 0
         while ended != child:  # orphans of the program come here too
-            ended, status = os.wait()
-        code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)
+            ended, status = posix.wait()
+        code = posix.waitstatus_to_exitcode(status)
+        posix._exit(code if code >= 0 else 128 - code)
     if job["kind"] in ("program", "remote"):
-        os.close(job["result"])
-    site.setquit()  # exit() and quit(), which -S leaves out
+        posix.close(job["result"])
+    builtins.exit, builtins.quit = (_sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit"))  # -S has none
     sys.argv, sys.path = ["program.py"], [path for path in sys.path if path] + job["paths"]
-    module = types.ModuleType("__main__" if job["kind"] in ("program", "script") else "solution")
+    module = type(sys)("__main__" if job["kind"] in ("program", "script") else "solution")
     sys.modules[module.__name__] = module
     try:
         globals()["_" + job["kind"]](job, module.__dict__)
     except MemoryError:
-        os.write(2, b"MemoryError\n")
-        os._exit(OUT_OF_MEMORY)
+        posix.write(2, b"MemoryError\n")
+        posix._exit(OUT_OF_MEMORY)
 
 
 def _program(job, namespace):
-    import os
+    import posix
 
     try:
         code = compile(job["source"], "program.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        os.write(2, f"{type(error).__name__}: {error}".encode(errors="replace"))
-        os._exit(COMPILE_ERROR)
+        posix.write(2, f"{type(error).__name__}: {error}".encode(errors="replace"))
+        posix._exit(COMPILE_ERROR)
     exec(code, namespace)
 
 
@@ -458,7 +459,7 @@ def _function(job, namespace):
 
 
 def _script(job, namespace):
-    """The test's side. Reports [verdict, detail]: OK, WA, RE for what the program raised, fault for what is the test's."""
+    """The test's side. Reports [verdict, detail]: OK, WA, RE (the program's), fault (before the test began)."""
     import builtins
     import json
     import os
@@ -507,7 +508,7 @@ def _script(job, namespace):
 
 
 def _remote(job, namespace):
-    """The program's side: answers calls with ["value", data, ""], ["instance", number, ""] or ["raised", name, text]."""
+    """The program's side. Answers calls: ["value", data, ""], ["instance", number, ""] or ["raised", name, text]."""
     import json
     import os
 
@@ -576,6 +577,14 @@ def _unpack(data, classes):
     return instance
 
 
-_SENT = (_inside, _program, _function, _script, _remote, _own_classes, _pack, _unpack)
-INSIDE = f"COMPILE_ERROR, OUT_OF_MEMORY = {COMPILE_ERROR}, {OUT_OF_MEMORY}\n\n"
-INSIDE += "\n".join(map(inspect.getsource, _SENT)) + "\nimport sys\n_inside(int(sys.argv[1]))\n"
+INSIDE = {
+    kind: f"COMPILE_ERROR, OUT_OF_MEMORY = {COMPILE_ERROR}, {OUT_OF_MEMORY}\n\n"
+    + "\n".join(map(inspect.getsource, (*functions, _inside)))
+    + "\nimport sys\n_inside(int(sys.argv[1]))"
+    for kind, functions in {
+        "program": (_program,),
+        "function": (_program, _function),
+        "script": (_script, _own_classes, _pack, _unpack),
+        "remote": (_remote, _own_classes, _pack, _unpack),
+    }.items()
+}
