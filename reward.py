@@ -48,9 +48,17 @@ def grade_chain(text: str, reference: str) -> tuple[float, str]:
 
 # --- code ---------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"([ \t]*)(`{3,})[ \t]*([^`\s]*)[^`]*")
 PYTHON = ("", "python", "py", "python3")  # what may stand behind an opening fence
 DECIMAL = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
+
+
+def _fence(line: str) -> tuple[str, int, str] | None:
+    """(indent, number of backticks, first word behind them) of a line that opens or closes a block; else None."""
+    ticks = line.lstrip(" \t")
+    words = ticks.lstrip("`")
+    if len(ticks) - len(words) < 3 or "`" in words:
+        return None
+    return line[: len(line) - len(ticks)], len(ticks) - len(words), (words.split() or [""])[0].lower()
 
 
 def extract_program(text: str) -> str | None:
@@ -65,11 +73,11 @@ def extract_program(text: str) -> str | None:
     for strings in (True, False):
         program = block = quote = None
         for line in lines:
-            fence = None if quote else FENCE.fullmatch(line)
-            if fence and (block is None or fence[3]):
-                (indent, ticks, mark), block = fence.groups(), []
-            elif fence and len(fence[2]) >= len(ticks):
-                program, block = "\n".join(block) if mark.lower() in PYTHON else program, None
+            fence = None if quote else _fence(line)
+            if fence and (block is None or fence[2]):
+                (indent, ticks, mark), block = fence, []
+            elif fence and fence[1] >= ticks:
+                program, block = "\n".join(block) if mark in PYTHON else program, None
             elif block is not None:
                 block.append(line.removeprefix(indent))
                 for found in re.findall(r"\"{3}|'{3}", line) if strings else ():

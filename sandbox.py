@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -461,22 +462,28 @@ def _function(job, namespace):
 def _script(job, namespace):
     """The test's side. Reports [verdict, detail]: OK, WA, RE (the program's), fault (before the test began)."""
     import builtins
+    import contextlib
     import json
     import os
 
     answers, ask, classes = open(job["pipe"][0], "rb"), job["pipe"][1], {}  # noqa: SIM115
 
     def call(instance, name, *arguments):
-        os.write(ask, json.dumps([instance, name, _pack(arguments, classes)]).encode() + b"\n")
+        question = json.dumps([instance, name, _pack(arguments, classes)])
+        with contextlib.suppress(BrokenPipeError):  # there is no answer then either
+            os.write(ask, question.encode() + b"\n")
         line = answers.readline(2**26) or b'["raised", "RuntimeError", "the program ended before it answered"]'
         kind, content, detail = json.loads(line)
         if kind == "value":
             return _unpack(content, classes)
         if kind == "instance":
             return Instance(content)
-        error = getattr(builtins, content, None)
-        known = isinstance(error, type) and issubclass(error, Exception) and error.__init__ is Exception.__init__
-        error = error(detail) if known else RuntimeError(detail)
+        error = getattr(builtins, content, None)  # by a name that the program chose: nothing but exceptions
+        error = error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError
+        try:
+            error = error(detail)
+        except TypeError:  # it takes more to make one
+            error = RuntimeError(detail)
         error.by_program = f"{content}: {detail}"
         raise error
 
@@ -496,7 +503,7 @@ def _script(job, namespace):
         report = ["WA", ""]
         exec(code, namespace)
         report = ["OK", ""]
-    except Exception as error:
+    except BaseException as error:
         trace, line = error.__traceback__, 0
         while trace:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "test.py" else line
@@ -504,6 +511,8 @@ def _script(job, namespace):
         report[1] = f"line {line} of the test: {type(error).__name__} {error}"
         if hasattr(error, "by_program"):
             report = ["RE", error.by_program]
+        elif not isinstance(error, Exception):  # the script left
+            report[0] = "fault"
     os.write(job["result"], json.dumps(report).encode())
 
 
@@ -588,3 +597,47 @@ INSIDE = {
         "remote": (_remote, _own_classes, _pack, _unpack),
     }.items()
 }
+
+
+# --- python sandbox.py --------------------------------------------------------------------------------------------
+
+ATTEMPTS = (  # what a program may try, and the verdict if that comes to nothing
+    ("read this machine's files", "open('/etc/passwd')", "RE"),
+    ("write to the system", "open('/usr/bin/x', 'w')", "RE"),
+    ("reach the network", "import socket; socket.socket()", "RE"),
+    ("become root", "import os; os.setuid(0)", "RE"),
+    ("fork without end", "import os\nwhile True: os.fork()", "RE"),
+    (
+        "take 1.6 GB in 8 processes",
+        "import os\nfor i in '123': os.fork()\nx = b'1' * (200 << 20)\nwhile True: pass",
+        "MLE",
+    ),
+    ("fill the disk", "f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(2**20))", "RE"),
+    ("flood stdout", "while True: print('x' * 10**6)", "OLE"),
+    ("run for ever", "while True: pass", "TLE"),
+)
+
+
+def main() -> int:
+    try:
+        level = isolation()
+    except SandboxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"isolation: {level.name}, Python: {level.prefix}/bin/{level.python}, packages: {level.packages or 'none'}")
+    failed = 0
+    for what, program, wanted in ATTEMPTS:
+        outcome = run_program(program, b"", Limits(seconds=3))
+        failed += outcome.verdict != wanted
+        print(f"{'held' if outcome.verdict == wanted else 'FAILED'}: {what} ({outcome.verdict} {outcome.detail})")
+    workers, start = 2 * (os.cpu_count() or 1), time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda i: run_program(f"print({i})", b"", Limits()).stdout == b"%d\n" % i, range(100)))
+    print(
+        f"{sum(done)} of 100 short programs right, {100 / (time.monotonic() - start):.0f} a second in {workers} threads"
+    )
+    return int(failed > 0 or not all(done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
