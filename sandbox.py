@@ -44,7 +44,7 @@ ENVIRONMENT = {  # all of it: nothing is inherited. Fixed hash seed: a program's
     **{"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LD_LIBRARY_PATH": "/python/lib"},
 }
-COMPILE_ERROR, OUT_OF_MEMORY = 201, 202  # exit codes of a box, as hints for the reader: every failure scores 0
+COMPILE_ERROR, OUT_OF_MEMORY, NOT_STARTED = 201, 202, 203  # exit codes of a box
 INSTALL = "`apt-get install bubblewrap` (0.8 or newer; containers and Ubuntu: SECURITY.md), or allow unsafe execution"
 
 
@@ -57,6 +57,10 @@ class Limits:
     seconds: float = 6.0  # wall clock, from before the box is built
     memory: int = 512  # MiB resident, of all processes in the box together; a page that two share counts twice
     output: int = 2**20  # bytes, each of stdout, stderr and the returned value
+
+    def __post_init__(self):
+        if not (self.seconds > 0 and self.memory > 0):
+            raise ValueError(f"a time limit of {self.seconds} s and {self.memory} MiB of memory must both be above 0")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,14 @@ class Level:
         shown += [(folder, f"/packages/{Path(folder).name}") for folder in self.packages]
         small = ("--perms", "1777", "--size", str(DISK), "--tmpfs")
         return [
-            *("bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
+            *(
+                str(shutil.which("bwrap")),
+                "--unshare-pid",
+                "--unshare-net",
+                "--unshare-ipc",
+                "--unshare-uts",
+                "--unshare-cgroup-try",
+            ),
             # As root no user namespace is made, which many systems forbid: process 1 changes its user, to one that
             # nobody has. Otherwise one is made, in which the program cannot make another.
             *(("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if uid else ()),
@@ -253,7 +264,7 @@ class _Box:
         self.pending, self.ends = memoryview(stdin), {}
         self.sent = {name: bytearray() for name in ("stdout", "stderr", "result", "status")}
         uid = random.randrange(61184, 65520) if self.contained and os.getuid() == 0 else 0
-        memory = (limits.memory + HEADROOM) * 2**20
+        memory = (int(limits.memory) + HEADROOM) * 2**20
         bounds = {"RLIMIT_AS": memory, "RLIMIT_STACK": memory // 4, "RLIMIT_CPU": math.ceil(limits.seconds) + 1}
         bounds |= {"RLIMIT_FSIZE": DISK, "RLIMIT_NOFILE": 128, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0}
         if self.contained:  # where it counts no other process
@@ -353,6 +364,8 @@ class _Box:
             code = status[-1].get("exit-code") if status else None
             if not self.first or (code is None and not self.broken):
                 raise SandboxError(f"the box did not start, or was killed: {detail or 'no reason given'}")
+        if code == NOT_STARTED:
+            raise SandboxError("the box could not be set up: too few processes or too little memory on this machine")
         if self.broken or code == 0:
             return self.broken or Outcome("OK", "", bytes(self.sent["stdout"]), bytes(self.sent["result"]))
         if code in (COMPILE_ERROR, OUT_OF_MEMORY):
@@ -414,13 +427,16 @@ def _inside(job_file):
         hard = resource.getrlimit(getattr(resource, name))[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(getattr(resource, name), (value, value))
-    child = posix.fork()
+    try:
+        child = posix.fork()
+    except OSError:
+        posix._exit(NOT_STARTED)
     if child:
         ended = 0
         while ended != child:  # orphans of the program come here too
             ended, status = posix.wait()
         code = posix.waitstatus_to_exitcode(status)
-        posix._exit(code if code >= 0 else 128 - code)
+        posix._exit(1 if code == NOT_STARTED else code if code >= 0 else 128 - code)
     if job["kind"] in ("program", "remote"):
         posix.close(job["result"])
     builtins.exit, builtins.quit = (_sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit"))  # -S has none
@@ -587,7 +603,7 @@ def _unpack(data, classes):
 
 
 INSIDE = {
-    kind: f"COMPILE_ERROR, OUT_OF_MEMORY = {COMPILE_ERROR}, {OUT_OF_MEMORY}\n\n"
+    kind: f"COMPILE_ERROR, OUT_OF_MEMORY, NOT_STARTED = {COMPILE_ERROR}, {OUT_OF_MEMORY}, {NOT_STARTED}\n"
     + "\n".join(map(inspect.getsource, (*functions, _inside)))
     + "\nimport sys\n_inside(int(sys.argv[1]))"
     for kind, functions in {

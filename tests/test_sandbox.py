@@ -120,6 +120,7 @@ FAILING = {
     },
     "RE": {
         "exit code 1": SUM + "\nexit(1)",
+        **{f"exit code {code}": SUM + f"\nexit({code})" for code in (2, 127, 137, 203, 255)},
         "SystemExit(text)": SUM + "\nraise SystemExit('x')",
         "exception": SUM + "\n1 / 0",
         "segfault": SUM.replace("a + b", "a + b, flush=True") + "\nimport ctypes\nctypes.string_at(0)",
@@ -844,6 +845,7 @@ def test_all_or_nothing_stops_at_the_first_failure_and_the_fraction_counts():
 MALFORMED = [
     *("", "no JSON", "[]", "{}", "null", "7", {"inputs": [], "outputs": []}, {"inputs": ["1"], "outputs": []}),
     *({"inputs": ["1"]}, {"inputs": [1], "outputs": [2]}, {"inputs": ["1"], "outputs": ["1"], "time_limit": "long"}),
+    {"inputs": ["1"], "outputs": ["1"], "memory_limit": 0},
     {"inputs": ["1"], "outputs": ["no JSON"], "fn_name": "f"},
     {"inputs": ["no JSON"], "outputs": ["1"], "fn_name": "f"},
     {"tests": [{"input": "1", "output": "1", "testtype": "functional"}]},
