@@ -39,7 +39,7 @@ from data import (
     require_graders,
 )
 from model import memory_plan
-from reward import grade, last_box
+from reward import RewardConfig, configure, grade, last_box
 from run import BadInput, append_line, command_line, on_first_rank, rank, say, shared, start_processes, world_size
 from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
 from spro import OUTCOME_ONLY
@@ -359,6 +359,7 @@ def benchmark(args) -> None:
     """Sample, grade and save a few problems after the other; the ranks share the rows of each lot."""
     start_processes(timeout_minutes=24 * 60)
     model, tokenizer, config = open_run(args.run_or_model)
+    configure(RewardConfig(**config.get("reward", {})))
     sampling = SampleConfig(**config.get("sample", {"max_new_tokens": 3072}))
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
@@ -421,6 +422,7 @@ def held_out_accuracy(args) -> None:
     if not (Path(args.run_or_model) / "config.yaml").exists():
         raise BadInput(f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a --benchmark")
     model, tokenizer, config = open_run(args.run_or_model)
+    configure(RewardConfig(**config["reward"]))
     settings, data, grader = SampleConfig(**config["sample"]), DataConfig(**config["data"]), config["reward"]["grader"]
     limit = context_left(model, settings.max_new_tokens, data.max_prompt_tokens)
     held_out = load_problems(data, config["seed"], grader)[1]

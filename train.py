@@ -43,7 +43,7 @@ from eval import (
     update_metrics,
 )
 from model import ModelConfig
-from reward import RewardConfig, grade, shaped_rewards
+from reward import RewardConfig, configure, grade, shaped_rewards
 from run import BadInput, RunStopped, say
 from sample import Rollout, SampleConfig, context_left, dump_rollout, sample
 from spro import ADVANTAGES, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
@@ -294,6 +294,7 @@ def main() -> None:
     config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = run.start_processes(config.train.timeout_minutes)
     run.catch_signals()
+    configure(config.reward)
     train_problems, held_out = data.load_problems(config.data, config.seed, config.reward.grader)
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)

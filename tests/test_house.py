@@ -37,13 +37,14 @@ def imported(tree):
 
 
 def test_imports_run_one_way():
-    order = ["run", "spro", "answers", "reward", "data", "model", "sample", "eval", "train"]
+    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "sample", "eval", "train"]
     assert set(order) == SOURCES.keys()
     for i, name in enumerate(order):
         ours = imported(SOURCES[name]) & set(order)
         assert ours <= set(order[:i]), f"{name} imports {ours - set(order[:i])}"
     assert not imported(SOURCES["spro"]) & set(order)
-    assert imported(SOURCES["reward"]) & set(order) == {"answers"}
+    assert imported(SOURCES["reward"]) & set(order) == {"answers", "sandbox"}
+    assert imported(SOURCES["sandbox"]) <= set(sys.stdlib_module_names)
     assert not (imported(SOURCES["reward"]) | imported(SOURCES["answers"])) & {"torch", "transformers", "numpy"}
 
 
