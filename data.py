@@ -15,7 +15,12 @@ The demonstrator is noisy: it slips, it has a misconception about large products
 and it repeats some steps in brackets, which carries no information. RL has accuracy to gain and length to lose.
 """
 
+import base64
+import gzip
+import io
 import json
+import math
+import pickle
 import re
 import sys
 import zlib
@@ -63,10 +68,12 @@ class DataConfig:
         require_at_least(1, self, "held_out_size", "min_steps", "max_prompt_tokens")
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is not known: choose one of {', '.join(SOURCES)}")
-        if (self.source == "chain") == bool(self.path) or (self.held_out_path and self.source not in ROWS):
+        own, rows = self.source in DEMONSTRATORS, self.source in ROWS
+        if own == bool(self.path) or (self.held_out_path and not rows):
             raise ValueError(
                 f"source={self.source!r} does not go with path={self.path!r}, held_out_path={self.held_out_path!r}: "
-                "chain takes neither, reasoning_gym a task's name as path, a dataset a file or a name on the Hub"
+                f"{', '.join(DEMONSTRATORS)} take neither, reasoning_gym takes a task's name as path, a dataset a file or a name "
+                "on the Hub"
             )
         if self.prompt and "{question}" not in self.prompt:
             raise ValueError(f"prompt={self.prompt!r} must hold the text {{question}}, where each problem's goes")
@@ -149,33 +156,79 @@ def _chain_prompt(random: np.random.Generator, min_steps: int, max_steps: int) -
 
 
 def chain_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, held-out) chain problems. A hash of the prompt decides its split, so that the two are always disjoint."""
+    """(train, held-out) chain problems."""
+
+    def draw(random: np.random.Generator) -> Problem:
+        prompt = _chain_prompt(random, config.min_steps, config.max_steps)
+        return Problem(prompt, chain_solution(prompt)[-1], "chain")
+
+    return _different(draw, config, seed)
+
+
+def _different(draw, config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, held-out) problems made by `draw`. A hash of the prompt decides its split: the two are disjoint."""
     wanted = {False: config.train_size or MADE, True: config.held_out_size}
     found: dict[bool, dict[str, Problem]] = {False: {}, True: {}}
     random = random_for(seed, Draw.PROBLEMS)
     for _ in range(10 * (wanted[False] + 10 * wanted[True])):
-        prompt = _chain_prompt(random, config.min_steps, config.max_steps)
-        held_out = zlib.crc32(prompt.encode()) % 10 == 0
-        if len(found[held_out]) < wanted[held_out] and prompt not in found[held_out]:
-            found[held_out][prompt] = Problem(prompt, chain_solution(prompt)[-1], "chain")
+        problem = draw(random)
+        held_out = zlib.crc32(problem.prompt.encode()) % 10 == 0
+        if len(found[held_out]) < wanted[held_out]:
+            found[held_out].setdefault(problem.prompt, problem)
         if all(len(found[split]) == wanted[split] for split in wanted):
             return list(found[False].values()), list(found[True].values())
     raise BadInput(
-        f"data.train_size={wanted[False]}, data.held_out_size={wanted[True]}: there are not that many "
-        f"different chains of {config.min_steps} to {config.max_steps} steps; ask for fewer, or for longer chains"
+        f"data.train_size={wanted[False]}, data.held_out_size={wanted[True]}: there are not that many different "
+        f"{config.source} problems of {config.min_steps} to {config.max_steps} steps; ask for fewer, or for longer ones"
     )
 
 
-def chain_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """One token per character; `<bos>` goes in front of a prompt, `<eos>` ends a response."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocabulary = special + list("0123456789+-*=;#?()" + LABELS)
+    vocabulary = special + list(characters)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+
+
+def chain_tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer("0123456789+-*=;#?()" + LABELS)
+
+
+# --- the print task -----------------------------------------------------------------------------------------------
+
+MISREAD = 0.2  # chance per digit or operator that the demonstrator copies another one
+
+
+def print_solution(prompt: str, noise: np.random.Generator | None = None) -> str:
+    """A program that prints what the prompt asks for; the demonstrator misreads."""
+    characters = list(prompt.removeprefix("print "))
+    for i, character in enumerate(characters if noise else ""):
+        if noise.random() < MISREAD:
+            characters[i] = str(noise.choice(list("+-*" if character in "+-*" else "0123456789")))
+    return f"```python\nprint({''.join(characters)})\n```"
+
+
+def print_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Write a program that prints 3+5*2: the smallest task whose reward is to run what the model wrote."""
+
+    def draw(random: np.random.Generator) -> Problem:
+        chain = _chain_prompt(random, config.min_steps, config.max_steps)
+        sum_ = re.sub("[a-z?]", "", chain)
+        value = 0
+        for sign, product in re.findall(r"([+-]?)((?:\d\*)*\d)", sum_):
+            value += (-1 if sign == "-" else 1) * math.prod(map(int, product.split("*")))
+        return Problem(f"print {sum_}", {"inputs": [""], "outputs": [str(value)]}, "code")
+
+    return _different(draw, config, seed)
+
+
+def print_tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer("0123456789+-*()`\n printhoy")
 
 
 # --- published datasets, a row each -------------------------------------------------------------------------------
@@ -239,6 +292,40 @@ def eurus_math_row(row: dict) -> Problem | None:
     return eurus_row(row) if row["ability"] == "math" else None
 
 
+def humaneval_row(row: dict) -> Problem:
+    """openai/human-eval: the response repeats the function and completes it."""
+    tests = {"script": f"{row['test']}\ncheck({row['entry_point']})\n", "entry_point": row["entry_point"]}
+    question = f"Complete this function:\n\n```python\n{row['prompt']}```"
+    return Problem(question, tests | {"prelude": row["prompt"]}, "code")
+
+
+LEETCODE_IMPORTS = "import bisect, functools, heapq, itertools, math\nfrom collections import *\nfrom typing import *\n"
+
+
+def leetcode_row(row: dict) -> Problem:
+    """DeepSeek-Coder's LeetCode set; what stands between statement and solution (list nodes) is there for both."""
+    helpers = row["prompt"].rpartition('"""')[2].partition("class Solution")[0]
+    tests = {"script": row["test"], "entry_point": "Solution", "prelude": LEETCODE_IMPORTS + helpers}
+    return Problem(row["prompt_sft"], tests, "code")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not text alone")
+
+
+def livecodebench_row(row: dict) -> Problem:
+    """livecodebench/code_generation_lite: public and hidden tests, the latter packed (read without any class)."""
+    hidden, metadata = row.get("private_test_cases") or "[]", json.loads(row.get("metadata") or "{}")
+    if not hidden.lstrip().startswith("["):
+        hidden = _PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(hidden)))).load()
+    tests = {"tests": json.loads(row["public_test_cases"]) + json.loads(hidden)}
+    if metadata.get("func_name"):
+        tests["fn_name"] = metadata["func_name"]
+    start = f"\n\nBegin with:\n\n```python\n{row['starter_code']}\n```" if row.get("starter_code") else ""
+    return Problem(row["question_content"] + start, tests, "code")
+
+
 ROWS = {  # shape of a dataset -> (row as published) -> Problem; None: a row that is not of this set
     "file": file_row,
     "gsm8k": gsm8k_row,
@@ -250,9 +337,16 @@ ROWS = {  # shape of a dataset -> (row as published) -> Problem; None: a row tha
     "olympiadbench": olympiadbench_row,
     "eurus": eurus_row,
     "eurus_math": eurus_math_row,
+    "humaneval": humaneval_row,
+    "leetcode": leetcode_row,
+    "livecodebench": livecodebench_row,
 }
+ASK_FOR_PROGRAM = "{question}\n\nPut the whole program, imports included, in one block that begins with ```python."
 ASK_FOR_BOX = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-COMPLETE_PROMPTS = ("chain", "file", "eurus", "eurus_math")  # sources that say themselves what they want
+PROMPTS = {  # what stands around the question, where it is not ASK_FOR_BOX
+    **dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM),
+    **dict.fromkeys(("chain", "print", "file", "eurus", "eurus_math"), "{question}"),  # these say it themselves
+}
 
 
 def optional(module: str, package: str):
@@ -267,8 +361,8 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
     """(place, row) of a .jsonl, .json or .parquet file, or of NAME[:CONFIG][@SPLIT] on the Hub (split: train)."""
     place, suffix = path, Path(path).suffix
     try:
-        if suffix == ".jsonl":
-            with open(path, encoding="utf-8") as lines:
+        if suffix == ".jsonl" or path.endswith(".jsonl.gz"):
+            with (gzip.open if suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     place = f"{path}, line {number}"
                     if line.strip():
@@ -287,7 +381,7 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
             rows = optional("datasets", "datasets").load_dataset(name, subset or None, split=split_name or "train")
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise BadInput(
             f"data: cannot read {place} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); it must be a "
             ".jsonl, .json or .parquet file, or NAME[:CONFIG][@SPLIT] of a dataset on the Hub"
@@ -304,7 +398,7 @@ def read_problems(shape: str, path: str) -> list[Problem]:
                 raise ValueError("its prompt is no text")
             if problem and problem.reference in (None, ""):
                 raise ValueError("its reference is empty")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
             why = f"{type(error).__name__}: {error}"
             raise BadInput(f"data: {place} is no {shape!r} row ({why}): mend it, or choose another source") from error
         problems.append(problem) if problem else (others := others + 1)
@@ -329,7 +423,7 @@ def dressed(problems: list[Problem], config: DataConfig) -> list[Problem]:
 
     `{question}` is found by plain search, not str.format: prompts and questions are full of braces.
     """
-    around = config.prompt or ("{question}" if config.source in COMPLETE_PROMPTS else ASK_FOR_BOX)
+    around = config.prompt or PROMPTS.get(config.source, ASK_FOR_BOX)
     before, _, after = around.partition("{question}")
     return [replace(p, prompt=before + p.prompt + after, system=config.system_prompt or p.system) for p in problems]
 
@@ -371,8 +465,11 @@ def reasoning_gym_problems(config: DataConfig, seed: int) -> tuple[list[Problem]
     return split([Problem(entry["question"], entry, "reasoning_gym") for entry in entries], [], config)
 
 
-SOURCES = {"chain": chain_problems, "reasoning_gym": reasoning_gym_problems, **dict.fromkeys(ROWS, dataset_problems)}
-DEMONSTRATORS = {"chain": chain_solution}  # (prompt, noise or None) -> text: for the warm start of a new model
+SOURCES = {"chain": chain_problems, "print": print_problems, "reasoning_gym": reasoning_gym_problems}
+SOURCES |= dict.fromkeys(ROWS, dataset_problems)
+# For the warm start of a new model: (prompt, noise or None) -> text, and the tokenizer of such texts.
+DEMONSTRATORS = {"chain": chain_solution, "print": print_solution}
+TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
 
 
 def load_problems(config: DataConfig, seed: int, grader: str = "") -> tuple[list[Problem], list[Problem]]:

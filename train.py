@@ -299,7 +299,7 @@ def main() -> None:
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
     else:
-        tokenizer = data.chain_tokenizer()
+        tokenizer = data.TOKENIZERS[config.data.source]()
         with torch.device("meta" if config.dry_run else "cpu"):
             policy = model.build(config.model, tokenizer, config.seed)
     run.choose_threads(policy.num_parameters())
