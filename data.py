@@ -72,8 +72,8 @@ class DataConfig:
         if own == bool(self.path) or (self.held_out_path and not rows):
             raise ValueError(
                 f"source={self.source!r} does not go with path={self.path!r}, held_out_path={self.held_out_path!r}: "
-                f"{', '.join(DEMONSTRATORS)} take neither, reasoning_gym takes a task's name as path, a dataset a file or a name "
-                "on the Hub"
+                f"{', '.join(DEMONSTRATORS)} take neither, reasoning_gym takes the name of a task as path, a dataset a "
+                "file or a name on the Hub"
             )
         if self.prompt and "{question}" not in self.prompt:
             raise ValueError(f"prompt={self.prompt!r} must hold the text {{question}}, where each problem's goes")
@@ -369,7 +369,11 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
                         yield place, json.loads(line)
             return
         if suffix == ".json":
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            try:
+                rows = json.loads(text)
+            except json.JSONDecodeError:  # a line each, in spite of the name
+                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             if isinstance(rows, dict):  # columns, as pandas writes them: {name: {row: value}}
                 rows = [{name: rows[name][key] for name in rows} for key in next(iter(rows.values()))]
         elif suffix == ".parquet":
