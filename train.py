@@ -338,6 +338,13 @@ def train(
         with model.gathered(policy):
             return evaluate(policy, tokenizer, *eval_set, s, config.reward.grader, config.seed)
 
+    def judge(answers: list) -> list:
+        """(verdict, reward) of each (problem, text, length in tokens)."""
+        texts, lengths = [answer[:2] for answer in answers], [answer[2] for answer in answers]
+        verdicts = grade(texts, config.reward.grader)
+        shaped = shaped_rewards(texts, verdicts, lengths, s.max_new_tokens, config.reward)
+        return list(zip(verdicts, shaped, strict=True))
+
     if state["before"] is None:
         run.watch(t.timeout_minutes)
         state["before"] = evaluation()
@@ -359,11 +366,10 @@ def train(
         # 2. Reward.
         with timed(seconds, "time/reward"):
             asked = [problems[i] for i in batch for _ in range(s.group_size)]
-            answers = list(zip(asked, rollout.texts, strict=True))
-            verdicts = run.shared(lambda part: grade(part, config.reward.grader), answers)
-            lengths = rollout.mask.sum(1).tolist()
-            rewards = torch.tensor(shaped_rewards(answers, verdicts, lengths, s.max_new_tokens, config.reward))
+            answers = list(zip(asked, rollout.texts, rollout.mask.sum(1).tolist(), strict=True))
+            verdicts, shaped = zip(*run.shared(judge, answers), strict=True)
             scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
+            rewards = torch.tensor(shaped)
             kept = keep_groups(scores, s.group_size, *a.keep_accuracy) & ~rewards.isnan().view(len(batch), -1).any(1)
             rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
             learned = rollout.pick(rows)
