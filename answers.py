@@ -326,8 +326,9 @@ class Gold:
             one_percent = (gold_unit == "%") != (unit == "%")
             scales = (1, Fraction(1, 100) if unit == "%" else 100) if one_percent else (1,)
             return any(abs(g - a * scale) <= Fraction(str(self.tolerance or 0)) for scale in scales)
-        words = [plain_text(side).lower() for side in (gold, answer)]
-        if words[0] == words[1] and re.fullmatch(r"[a-z'.-]{3,}", words[0]):
+        words = [plain_text(side) for side in (gold, answer)]
+        words = [word if len(word) < 3 else word.lower() for word in words]
+        if words[0] == words[1] and re.fullmatch(r"[A-Za-z][A-Za-z'.-]*", words[0]):
             return True
         return self.symbolic and equal_expressions(gold, answer, self.tolerance)
 

@@ -39,7 +39,7 @@ from data import (
     require_graders,
 )
 from model import memory_plan
-from reward import RewardConfig, configure, grade, last_box
+from reward import RewardConfig, configure, grade, isolation, last_box
 from run import BadInput, append_line, command_line, on_first_rank, rank, say, shared, start_processes, world_size
 from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
 from spro import OUTCOME_ONLY
@@ -175,6 +175,11 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
     return "  ".join([*cells, f"{m['time/step']:.2f} s"])
 
 
+def programs(problems: list[Problem], grader: str) -> str:
+    """For the lines of a start: what programs run in, where any is graded."""
+    return f"; programs run in {isolation()}" if "code" in {grader or problem.grader for problem in problems} else ""
+
+
 def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_out: int) -> str:
     """What is about to run, with the batch arithmetic and the sampling settings that are really in force."""
     t, s, a = config.train, config.sample, config.algorithm
@@ -189,7 +194,8 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
         f"into {config.run_dir}",
         f"model    {config.model.path or 'from scratch'}: {policy.config.model_type}, {policy.num_parameters():,} "
         f"parameters; {world_size()} x {device.type}, {torch.get_num_threads()} threads each",
-        f"data     {config.data.source}: {len(problems)} training prompts, {n_held_out} held out for evaluation",
+        f"data     {config.data.source}: {len(problems)} training prompts, {n_held_out} held out for evaluation"
+        f"{programs(problems, config.reward.grader)}",
         f"prompts  {chat}, {'with a' if any(p.system for p in problems) else 'no'} system prompt; stop {stops} "
         f"{ends.eos_token_id}, pad {ends.pad_token_id}; {config.model.dtype if device.type == 'cuda' else 'float32'}, "
         f"{policy.config._attn_implementation} attention",
@@ -372,7 +378,8 @@ def benchmark(args) -> None:
     how = f"{n}xT{args.temperature:g}" if args.temperature else "greedy"
     file = Path(args.output or f"outputs/{Path(args.run_or_model).name}-{args.benchmark}-{how}.jsonl")
     done = on_first_rank(lambda: open_outputs(file, settings))
-    say(f"{args.benchmark}: {len(problems)} problems x {n}, {done} done, into {file}\n{settings['first_prompt']!r}")
+    say(f"{args.benchmark}: {len(problems)} problems x {n}, {done} done, into {file}{programs(problems, args.grader)}")
+    say(repr(settings["first_prompt"]))
     lot = max(1, ROWS_AT_ONCE * world_size() // n)
     with tqdm(total=len(problems), initial=done, unit="problem", disable=True if rank() else None) as bar:
         for start in range(done, len(problems), lot):

@@ -282,6 +282,12 @@ def check_grader(name: str, key: str = "grader", unsafe: bool | None = None) -> 
             raise ValueError(f"{key}='code': {error}, or set reward.allow_unsafe_code_execution=true") from error
 
 
+def isolation() -> str:
+    """What stands between this machine and the programs that this process grades: see sandbox.py."""
+    level = sandbox.isolation(GRADERS["code"].keywords["unsafe"]).name
+    return "resource limits alone, no sandbox" if level == "none" else f"a {level} sandbox"
+
+
 def grade_one(grader: str, text: str, reference) -> Verdict:
     """One verdict. A crash of the grader is a fault (score None), never a wrong answer. KeyError: unknown grader."""
     judge, start = GRADERS[grader], time.perf_counter()

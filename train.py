@@ -403,6 +403,7 @@ def train(
 
         # 6. Log.
         seconds["time/step"] = time.perf_counter() - step_started
+        seconds["time/verdict_max"] = max(v.seconds for v in verdicts)
         metrics = {
             "step": step,
             **sampling_metrics(rollout, scores, rewards, kept, s.group_size),

@@ -103,6 +103,7 @@ x \ge 2 | 2 \leqslant x
 3+4i | 4i+3
 2E+1 | 1+2E
 (A) | A
+(A) | \text{A}
 A | \text{(A)}
 B | \textbf{B}
 \text{Monday} | monday

@@ -131,7 +131,8 @@ def test_training_runs_with_the_sandbox_as_its_reward(box, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["reward/faults"] == 0 and row["time/reward"] > 0 for row in rows[1:])
+    assert "programs run in a bubblewrap sandbox" in done.stdout
+    assert all(row["reward/faults"] == 0 and 0 < row["time/verdict_max"] <= row["time/reward"] for row in rows[1:])
     reasons = [json.loads(s)["reason"] for s in (tmp_path / "run/samples/step_000002.jsonl").read_text().splitlines()]
     assert len(reasons) == 16 and all(re.match("AC|WA|CE|RE|no program", reason) for reason in reasons)
 
