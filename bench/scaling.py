@@ -1,7 +1,7 @@
 """What a training step of ours costs against response length, group size and model size: one is varied at a time.
 
     python bench/scaling.py
-    python bench/scaling.py --steps 3 train.old_log_probs=sampler   # key=value changes our config
+    python bench/scaling.py --steps 3 train.old_log_probs=recompute   # key=value changes our config
 
 All responses are `length` tokens long; 8 prompts of 96 tokens; otherwise the work and the seconds are step.py's.
 """

@@ -75,6 +75,7 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         "algorithm.beta": 0.04,
         "train.prompts_per_step": work.prompts,
         "train.mini_batch_size": work.prompts * work.group_size,
+        "train.old_log_probs": "sampler",  # the peer makes no pass for them either: one update per step
         # As many rows as the peer's pass if all are full, their prompts once: shorter ones share the room.
         "train.micro_batch_tokens": -(-work.rows_per_pass // work.group_size) * work.prompt_tokens
         + work.rows_per_pass * work.new_tokens,
