@@ -11,6 +11,7 @@ batched, on which rows have finished, or on how many processes share the work.
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -314,6 +315,23 @@ def sample(
         return [Rollout.cat(parts).at(torch.tensor(order).argsort())]
 
     return Rollout.cat(shared(decode, rows))
+
+
+def line_ids(tokens: torch.Tensor, mask: torch.Tensor, tokenizer, line_end: str) -> torch.Tensor:
+    """The number of the line that each token of a response belongs to, from 0. tokens, mask [B, T] -> int64 [B, T].
+
+    A line ends with the token in which the last character of `line_end` stands, whatever else that token holds, be it
+    a second line end; so several tokens may make one line end, and the numbers leave none out.
+    """
+    distinct, piece_of = tokens.unique(return_inverse=True)
+    pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in distinct.tolist()]
+    breaks = torch.zeros_like(mask)
+    for i, row in enumerate(piece_of.tolist()):
+        row = [pieces[piece] for piece, live in zip(row, mask[i].tolist(), strict=True) if live]
+        ends = np.cumsum([len(piece) for piece in row])  # where in the text each token ends
+        found = [match.end() for match in re.finditer(re.escape(line_end), "".join(row))]
+        breaks[i, np.searchsorted(ends, found)] = True
+    return breaks.cumsum(1) - breaks.long()
 
 
 def dump_rollout(file: Path, tokenizer, rollout: Rollout, group_size: int, asked, verdicts, rows, per_token) -> None:

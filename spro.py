@@ -31,6 +31,7 @@ class AlgorithmConfig:
     clip_high: float = 0.2  # ... and below 1 + clip_high
     loss_weights: str = "seq-mean-token-mean"  # how tokens are averaged: a mode of token_weights
     keep_accuracy: tuple[float, float] = (0.0, 1.0)  # update on groups whose mean reward lies in [low, high]
+    line_end: str = "\n"  # text that ends a line, the step of spro_line; ";" in the chain task
 
     def __post_init__(self):
         low, high = self.keep_accuracy
@@ -42,6 +43,8 @@ class AlgorithmConfig:
             raise ValueError("clip_low must lie in (0, 1) and clip_high above 0")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"keep_accuracy=[{low}, {high}] must hold 0 <= low <= high <= 1")
+        if not self.line_end:
+            raise ValueError("line_end is empty: give the text that ends a line")
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -57,19 +60,25 @@ def _by_group(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return x.reshape(-1 if len(x) else 0, group_size, *x.shape[1:])
 
 
+def _centred(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`r - mean` inside each group, [B] -> [B / G, G]; exactly 0 in a group of equal rewards, by a test for equality.
+
+    In floating point seven rewards of 0.7 do not have mean 0.7, and dividing by their tiny std would blow that up.
+    """
+    grouped = _by_group(_at_least_fp32(rewards), group_size)
+    all_equal = (grouped == grouped[:, :1]).all(1, keepdim=True)
+    return torch.where(all_equal, 0.0, grouped - grouped.mean(1, keepdim=True))
+
+
 def outcome_advantage(rewards: torch.Tensor, group_size: int, eps: float = 1e-6) -> torch.Tensor:
     """GRPO's outcome term, the first half of Eq. 13: `(r - mean) / (std + eps)` inside each group.
 
-    rewards [B] -> [B]. The std is the unbiased one (ddof 1). A group of equal rewards gives exactly 0, by a test for
-    equality: in floating point seven rewards of 0.7 do not have mean 0.7, and their tiny std would blow that up.
+    rewards [B] -> [B]. The std is the unbiased one (ddof 1). A group of equal rewards gives exactly 0.
     Raises ValueError if group_size < 2 or does not divide B.
     """
-    grouped = _by_group(_at_least_fp32(rewards), group_size)
-    centred = grouped - grouped.mean(1, keepdim=True)
+    centred = _centred(rewards, group_size)
     std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
-    scaled = centred / (std + eps)
-    all_equal = (grouped == grouped[:, :1]).all(1, keepdim=True)
-    return torch.where(all_equal, 0.0, scaled).flatten()
+    return (centred / (std + eps)).flatten()
 
 
 def process_reward(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, beta: float) -> torch.Tensor:
@@ -166,8 +175,124 @@ def keep_groups(rewards: torch.Tensor, group_size: int, low: float, high: float)
     return (mean > low - 1e-6) & (mean < high + 1e-6)  # fp32 rewards: 0.8 is 0.80000001
 
 
-ADVANTAGES = {"spro": spro_advantage, "grpo": grpo_advantage}
-OUTCOME_ONLY = frozenset({"grpo"})  # estimators that never read the reference: a run with one of them loads none
+# --- baselines and ablations: each takes what `spro_advantage` takes; detached, 0 where masked -------------------
+
+
+def dr_grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """Dr. GRPO (arXiv 2503.20783): `r - mean`, no std. Its loss is loss_weights=seq-mean-token-sum-norm."""
+    return torch.where(mask, _centred(rewards.detach(), group_size).flatten()[:, None], 0.0)
+
+
+def rloo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """RLOO (arXiv 2402.14740): r minus the mean of the *other* siblings, which is `(r - mean) x G / (G - 1)`."""
+    centred = dr_grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    return centred * (group_size / (group_size - 1))
+
+
+def raft_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """RAFT++ (arXiv 2504.11343): `max(r, 0)`, right answers alone, no baseline; ratio and clip as everywhere here."""
+    positive = _by_group(_at_least_fp32(rewards.detach()), group_size).clamp(min=0)
+    return torch.where(mask, positive.flatten()[:, None], 0.0)
+
+
+def reinforce_rej_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """Reinforce-Rej (arXiv 2504.11343): the reward itself, groups of equal rewards rejected.
+
+    `2 r - 1`, so that wrong answers push: with 0/1 rewards the raw r would be RAFT++ on fewer groups.
+    """
+    mixed = _centred(rewards.detach(), group_size).any(1).repeat_interleave(group_size)
+    signed = torch.where(mixed, 2 * _at_least_fp32(rewards.detach()) - 1, 0.0)
+    return torch.where(mask, signed[:, None], 0.0)
+
+
+RANK_PENALTY = 0.25  # beta_rank of the unlikeliness reward, as its authors' code has it
+
+
+def unlikeliness_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """The unlikeliness reward (arXiv 2506.02355): GRPO on `r x (1 - RANK_PENALTY x rank / G)`.
+
+    rank 0 .. G - 1 orders siblings by the mean log-prob of their tokens, the likeliest last: of the right answers the
+    one that the policy finds likeliest earns least, so that rare ones are not unlearned.
+    """
+    total = torch.where(mask, _at_least_fp32(log_probs.detach()), 0.0).sum(1)
+    likelihood = _by_group(total / mask.sum(1).clamp(min=1), group_size)
+    rank = likelihood.argsort(stable=True).argsort().flatten()
+    r = _at_least_fp32(rewards)
+    return grpo_advantage(r - r * rank * (RANK_PENALTY / group_size), log_probs, ref_log_probs, mask, group_size, beta)
+
+
+def spro_loo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """SPRO with the mean over the *other* living siblings: MSA x n / (n - 1), n alive; 0 for one that lives alone."""
+    msa = msa_only_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    n = _by_group(mask, group_size).sum(1).repeat_interleave(group_size, 0)
+    outcome = grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    return outcome + msa * n / (n - 1).clamp(min=1)
+
+
+def spro_local_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """SPRO without the sum of Eq. 11: MSA of the current token's process reward alone."""
+    outcome = grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    now = process_reward(log_probs.detach(), ref_log_probs.detach(), beta)
+    return outcome + masked_step_advantage(now, mask, group_size)
+
+
+def spro_history_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """What spro_local leaves out: MSA of the sum over the *earlier* tokens, j < t, a baseline in expectation."""
+    outcome = grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    cpr = cumulative_process_reward(process_reward(log_probs.detach(), ref_log_probs.detach(), beta), mask)
+    return outcome + masked_step_advantage(torch.nn.functional.pad(cpr, (1, -1)), mask, group_size)
+
+
+def spro_pooled_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """SPRO with PRIME's grouping (arXiv 2502.01456): the CPR minus its mean over all steps of all siblings."""
+    outcome = grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    cpr = cumulative_process_reward(process_reward(log_probs.detach(), ref_log_probs.detach(), beta), mask)
+    tokens = _by_group(mask, group_size).sum((1, 2)).clamp(min=1)
+    mean = _by_group(cpr, group_size).sum((1, 2)) / tokens
+    return outcome + torch.where(mask, cpr - mean.repeat_interleave(group_size)[:, None], 0.0)
+
+
+def spro_line_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """SPRO with a line as the step: `step_ids` [B, T] numbers each response's lines. Raises ValueError without them."""
+    if step_ids is None:
+        raise ValueError("spro_line needs step_ids: the number of each token's line")
+    return spro_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids)
+
+
+def msa_only_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """The step term without the outcome: Eq. 12 alone, which never sees a reward."""
+    return _step_term(process_reward(log_probs.detach(), ref_log_probs.detach(), beta), mask, group_size, None)
+
+
+def spro_posterior_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """SPRO with the step term of right answers (r > 0.5) alone, after Posterior-GRPO (arXiv 2508.05170).
+
+    The mean is still over all living siblings: right answers are compared with the wrong ones too.
+    """
+    outcome = grpo_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    msa = msa_only_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta)
+    return outcome + torch.where(rewards.detach()[:, None] > 0.5, msa, 0.0)
+
+
+ADVANTAGES = {
+    "spro": spro_advantage,
+    "grpo": grpo_advantage,
+    "dr_grpo": dr_grpo_advantage,
+    "rloo": rloo_advantage,
+    "raft": raft_advantage,
+    "reinforce_rej": reinforce_rej_advantage,
+    "unlikeliness": unlikeliness_advantage,
+    "spro_loo": spro_loo_advantage,
+    "spro_local": spro_local_advantage,
+    "spro_history": spro_history_advantage,
+    "spro_pooled": spro_pooled_advantage,
+    "spro_line": spro_line_advantage,
+    "spro_posterior": spro_posterior_advantage,
+    "msa_only": msa_only_advantage,
+}
+# Estimators that never read the reference: a run with one of them loads none.
+OUTCOME_ONLY = frozenset({"grpo", "dr_grpo", "rloo", "raft", "reinforce_rej", "unlikeliness"})
+BY_LINE = frozenset({"spro_line"})  # estimators that need step_ids
 
 WEIGHT_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")
 

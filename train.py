@@ -45,8 +45,8 @@ from eval import (
 from model import ModelConfig
 from reward import RewardConfig, configure, grade, shaped_rewards
 from run import BadInput, RunStopped, say
-from sample import Rollout, SampleConfig, context_left, dump_rollout, sample
-from spro import ADVANTAGES, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
+from sample import Rollout, SampleConfig, context_left, dump_rollout, line_ids, sample
+from spro import ADVANTAGES, BY_LINE, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
 
 
 @dataclass
@@ -386,7 +386,10 @@ def train(
             ref_log_probs = old_log_probs if reference is None else model.rollout_log_probs(reference, *scored)[0]
 
         # 4. Advantage.
-        group = (learned.mask, s.group_size, a.beta)
+        responses = learned.tokens[:, -learned.mask.shape[1] :]
+        by_line = a.advantage in BY_LINE
+        step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
+        group = (learned.mask, s.group_size, a.beta, step_ids)
         advantages = advantage_of(rewards[rows], old_log_probs, ref_log_probs, *group)
         outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
 

@@ -1,6 +1,7 @@
 """The sampler against slow loops and plain forwards; every mask is recounted by hand."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from helpers import (
     LLAMA,
     PROMPTS,
     any_model,
+    chat_tokenizer,
     hf_model,
     keys,
     row_log_probs,
@@ -22,7 +24,7 @@ from helpers import (
 
 from data import Draw, chain_tokenizer
 from model import ModelConfig, load, rollout_log_probs, save, shard, token_log_probs
-from sample import DECODING, InverseCDF, Rollout, SampleConfig, sample, uniforms
+from sample import DECODING, InverseCDF, Rollout, SampleConfig, line_ids, sample, uniforms
 
 CONFIG = SampleConfig(group_size=16, max_new_tokens=12, temperature=0.7)
 pads = pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -261,3 +263,34 @@ def test_given_texts_become_rows_that_end_with_the_stop_token():
     rollout = Rollout.of_texts(prompts, ["3+4", ""], chain_tokenizer())
     assert rows_of(rollout) == [(prompts[0], [*ids, EOS], "3+4", False), ([1], [EOS], "", False)]
     assert rollout.attention_mask.int().tolist() == [[1] * 7, [0, 0, 1, 1, 0, 0, 0]]
+
+
+TEXTS = ["one\n\ntwo two\nthree", "\n\none", "no line ends", "crlf\r\nend\r\n", "é\n√ two\n\n\nlast\n", ""]
+
+
+def test_a_token_belongs_to_the_line_that_stands_before_it():
+    """The text before a token tells its line, however line ends and tokens cut each other."""
+    kinds = set()
+    for vocabulary, end in itertools.product((300, 400), ("\n", "\n\n", "\r\n", "o\n", "w")):
+        tokenizer = chat_tokenizer(TEXTS * 50, vocabulary)
+        rollout = Rollout.of_texts([[1]] * len(TEXTS), TEXTS, tokenizer)
+        tokens = rollout.tokens[:, -rollout.mask.shape[1] :]
+        dirty = tokens.masked_fill(~rollout.mask, tokenizer(end).input_ids[0])
+        for row, mask, ids in zip(tokens, rollout.mask, line_ids(dirty, rollout.mask, tokenizer, end), strict=True):
+            line = seen = 0
+            pieces = [tokenizer.decode([token]) for token in row[mask].tolist()]
+            for i, number in enumerate(ids[mask].tolist()):
+                assert number == line
+                count = "".join(pieces[: i + 1]).count(end)
+                if count > seen:
+                    kinds.add("whole" if pieces[i] == end else "with more" if end in pieces[i] else "over several")
+                    kinds |= {"several in one"} if count > seen + 1 else set()
+                    seen, line = count, line + 1
+    assert kinds == {"whole", "with more", "over several", "several in one"}
+
+
+def test_the_chain_tasks_lines_end_with_semicolons():
+    rollout = Rollout.of_texts([[1], [1]], ["b1+2=4;c4*5=0;#0", "#7"], chain_tokenizer())
+    ids = line_ids(rollout.tokens[:, -rollout.mask.shape[1] :], rollout.mask, chain_tokenizer(), ";")
+    assert ids[0].tolist() == [0] * 7 + [1] * 7 + [2] * 3 and ids[1][rollout.mask[1]].tolist() == [0] * 3
+    assert line_ids(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), chain_tokenizer(), ";").shape == (0, 1)

@@ -40,6 +40,7 @@ def change(batch, f):
 
 
 def estimate(name, b, group_size=G, beta=BETA, ids=None):
+    ids = b.ids if ids is None and name in spro.BY_LINE else ids
     return spro.ADVANTAGES[name](b.rewards, b.pi, b.ref, b.mask, group_size, beta, ids)
 
 
@@ -107,6 +108,99 @@ def slow_spro(b, beta, by_line):
             rewards[i][step] += beta * log_ratios[i][t]
     msa, outcome = slow_msa(slow_cpr(rewards)), slow_outcome(b.rewards.tolist())
     return padded([[outcome[i] + msa[i][step] for step in ids] for i, ids in enumerate(steps)])
+
+
+def siblings(i):
+    return range(i - i % G, i - i % G + G)
+
+
+def others(i):
+    return [k for k in siblings(i) if k != i]
+
+
+def slow_step_terms(rows, ids, rewards):
+    """Each ablation's step term from the process rewards of the live tokens, written from its definition."""
+    cpr = slow_cpr(rows)
+
+    def minus_mean(values, t, i, among):
+        alive = [values[k][t] for k in among if t < len(values[k])]
+        return values[i][t] - statistics.fmean(alive) if alive else 0.0
+
+    def terms(f):
+        return [[f(i, t) for t in range(len(row))] for i, row in enumerate(rows)]
+
+    past = [[math.fsum(row[:t]) for t in range(len(row))] for row in rows]
+    lines = [[math.fsum(x for x, n in zip(row, ns, strict=True) if n <= line) for line in range(ns[-1] + 1)]
+             for row, ns in zip(rows, ids, strict=True)]  # fmt: skip
+    pools = [statistics.fmean(x for k in siblings(i) for x in cpr[k]) for i in range(len(rows))]
+    msa = terms(lambda i, t: minus_mean(cpr, t, i, siblings(i)))
+    return {
+        "spro_loo": terms(lambda i, t: minus_mean(cpr, t, i, others(i))),
+        "spro_local": terms(lambda i, t: minus_mean(rows, t, i, siblings(i))),
+        "spro_history": terms(lambda i, t: minus_mean(past, t, i, siblings(i))),
+        "spro_pooled": terms(lambda i, t: cpr[i][t] - pools[i]),
+        "spro_line": terms(lambda i, t: minus_mean(lines, ids[i][t], i, siblings(i))),
+        "spro_posterior": [[x * (rewards[i] > 0.5) for x in row] for i, row in enumerate(msa)],
+        "msa_only": msa,
+    }
+
+
+def slow_outcomes(rewards, log_probs):
+    """Each baseline's advantage of a response, written from its paper's formula."""
+    likelihood = [statistics.fmean(row) for row in log_probs]
+    rank = [sum(likelihood[k] < likelihood[i] for k in siblings(i)) for i in range(len(rewards))]
+    unlikely = [r * (1 - 0.25 * rank[i] / G) for i, r in enumerate(rewards)]
+    equal = [len({rewards[k] for k in siblings(i)}) == 1 for i in range(len(rewards))]
+    return {
+        "grpo": slow_outcome(rewards),
+        "dr_grpo": [r - statistics.fmean(rewards[k] for k in siblings(i)) for i, r in enumerate(rewards)],
+        "rloo": [r - statistics.fmean(rewards[k] for k in others(i)) for i, r in enumerate(rewards)],
+        "raft": [r if r > 0 else 0.0 for r in rewards],
+        "reinforce_rej": [0.0 if equal[i] else 2 * r - 1 for i, r in enumerate(rewards)],
+        "unlikeliness": slow_outcome(unlikely),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("binary", [False, True], ids=["any reward", "right or wrong"])
+def test_baselines_and_ablations_match_loops_over_their_definitions(seed, binary):
+    b = make_batch(seed)
+    if binary:
+        b.rewards = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1]).double()
+    b.rewards[8:] -= 0.3  # some are negative
+    rewards, process = b.rewards.tolist(), ragged(BETA * (b.pi - b.ref), b.mask)
+    outcomes = slow_outcomes(rewards, ragged(b.pi, b.mask))
+    steps = slow_step_terms(process, ragged(b.ids, b.mask), rewards)
+    assert outcomes.keys() == spro.OUTCOME_ONLY and steps.keys() | outcomes.keys() | {"spro"} <= set(ESTIMATORS)
+    for name, expected in outcomes.items():
+        rows = [[expected[i]] * len(row) for i, row in enumerate(process)]
+        assert_equal(estimate(name, b), padded(rows))
+    for name, expected in steps.items():
+        outcome = [0.0] * 12 if name == "msa_only" else outcomes["grpo"]
+        assert_equal(estimate(name, b), padded([[outcome[i] + x for x in row] for i, row in enumerate(expected)]))
+
+
+def test_a_group_of_equal_rewards_moves_only_what_has_no_baseline_of_outcomes():
+    b = make_batch()
+    b.rewards[:] = 0.7
+    for name in spro.OUTCOME_ONLY - {"unlikeliness"}:  # which sets siblings with equal rewards apart on purpose
+        assert estimate(name, b).any() == (name == "raft"), name
+    b.rewards[:] = 0.0
+    assert not any(estimate(name, b).any() for name in spro.OUTCOME_ONLY)
+
+
+def test_of_right_answers_the_likeliest_earns_least():
+    b = make_batch()
+    b.rewards[:] = torch.tensor([1.0, 1, 1, 0] * 3).double()
+    per_token = torch.where(b.mask, b.pi, 0).sum(1) / b.mask.sum(1)
+    for group, likelihood in zip(estimate("unlikeliness", b)[:, 0].split(G), per_token.split(G), strict=True):
+        assert group[:3].argsort(descending=True).equal(likelihood[:3].argsort()) and group[3] < group[:3].min()
+
+
+def test_lines_need_their_numbers():
+    b = make_batch()
+    with pytest.raises(ValueError, match="step_ids"):
+        spro.ADVANTAGES["spro_line"](b.rewards, b.pi, b.ref, b.mask, G, BETA)
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6])
@@ -220,7 +314,8 @@ def test_groups_are_kept_by_mean_reward_with_both_bounds_inside():
 @every_estimator
 def test_one_step_per_token_is_the_default(name):
     b = make_batch()
-    assert torch.equal(estimate(name, b, ids=torch.arange(9).expand(12, 9)), estimate(name, b))
+    by_token = estimate("spro" if name in spro.BY_LINE else name, b)
+    assert torch.equal(estimate(name, b, ids=torch.arange(9).expand(12, 9)), by_token)
 
 
 def test_wrong_group_sizes_weight_modes_and_configs_raise():
@@ -232,7 +327,7 @@ def test_wrong_group_sizes_weight_modes_and_configs_raise():
         calls += [("group", lambda size=size: spro.masked_step_advantage(b.pi, b.mask, size))]
     for mode, message in (("mean", "token-mean"), ("seq-mean-token-sum-norm", "max_tokens")):
         calls += [(message, lambda mode=mode: spro.token_weights(b.mask, 12, 50, mode))]
-    wrong = {"advantage": ["?"], "loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0]}
+    wrong = {"advantage": ["?"], "loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0], "line_end": [""]}
     wrong["keep_accuracy"] = [(-0.1, 1), (0, 1.1), (0.6, 0.4)]
     for key, value in ((key, value) for key, values in wrong.items() for value in values):
         calls += [(key, lambda key=key, value=value: spro.AlgorithmConfig(**{key: value}))]
@@ -298,6 +393,67 @@ def test_advantages_are_detached(name):
     assert not any(estimate(name, b, ids=ids).requires_grad for ids in (None, b.ids))
 
 
+class Tabular:
+    """A policy of one row of logits per prefix, vocabulary 3, at most 3 tokens, and every group it can sample.
+
+    15 responses if token 0 stops, else 27. Ordered groups of G responses, each weighted by its probability: siblings
+    are independent draws. All expectations are exact sums.
+    """
+
+    def __init__(self, group_size, stop=False):
+        sequences = itertools.product(range(3), repeat=3)
+        responses = sorted({r[: r.index(0) + 1] if stop and 0 in r else r for r in sequences})
+        self.states = sorted({r[:t] for r in responses for t in range(len(r))})
+        self.number = {s: i for i, s in enumerate(self.states)}
+        self.mask = torch.tensor([[t < len(r) for t in range(3)] for r in responses])
+        self.state = torch.tensor([[self.number.get(r[:t], 0) for t in range(3)] for r in responses])
+        self.action = torch.tensor([[*r, 0, 0][:3] for r in responses])
+        g = torch.Generator().manual_seed(group_size)
+        theta, self.ref_theta = torch.randn(2, len(self.states), 3, generator=g).double()
+        self.theta, self.rewards = theta.requires_grad_(), torch.rand(len(responses), generator=g).double()
+        self.group_size = group_size
+        self.groups = torch.cartesian_prod(*[torch.arange(len(responses))] * group_size)
+        self.rows = self.groups.flatten()
+        self.prob = torch.where(self.mask, self.log_probs(theta.detach()), 0.0).sum(1).exp()
+        self.group_prob = self.prob[self.groups].prod(1)
+
+    def log_probs(self, theta):
+        return theta.log_softmax(1)[self.state, self.action]
+
+    def advantages(self, advantage, ref_theta):
+        """Of every row of every group."""
+        old, ref = (self.log_probs(x)[self.rows] for x in (self.theta.detach(), ref_theta))
+        return advantage(self.rewards[self.rows], old, ref, self.mask[self.rows], self.group_size, BETA)
+
+    def expected_gradient(self, advantage, ref_theta=None):
+        """Of the surrogate, on-policy and summed over tokens."""
+        weights = (self.group_prob / self.group_size).repeat_interleave(self.group_size)[:, None] * self.mask[self.rows]
+        advantages = self.advantages(advantage, self.ref_theta if ref_theta is None else ref_theta)
+        pi = self.log_probs(self.theta)[self.rows]
+        loss, _ = spro.policy_loss(pi, pi, advantages, weights, LOW, HIGH)
+        return torch.autograd.grad(-loss, self.theta)[0]
+
+    def variance(self, advantage):
+        """Trace of the covariance of one group's gradient estimate."""
+        score = torch.eye(3).double()[self.action] - self.theta.detach().softmax(1)[self.state]  # d log pi / d logits
+        pushes = self.advantages(advantage, self.ref_theta)[:, :, None] * score[self.rows] / self.group_size
+        of_group = torch.arange(len(self.groups)).repeat_interleave(self.group_size)
+        gradient = torch.zeros(len(self.groups), len(self.states), 3).double()
+        gradient.index_put_((of_group[:, None], self.state[self.rows]), pushes, accumulate=True)
+        mean = torch.einsum("g,gsa->sa", self.group_prob, gradient)
+        torch.testing.assert_close(mean, self.expected_gradient(advantage), rtol=0, atol=1e-12)
+        return (self.group_prob * (gradient - mean).square().sum((1, 2))).sum().item()
+
+    def kl_gradient(self, factors):
+        """sum_t factors[t] x E_{s_t}[grad KL(pi(.|s_t) || ref(.|s_t))], the distribution of states held fixed."""
+        pi, objective = self.theta.detach().softmax(1), 0.0
+        for s in self.states:
+            reach = math.prod(pi[self.number[s[:j]], s[j]] for j in range(len(s)))
+            log_pi, log_ref = (x[self.number[s]].log_softmax(0) for x in (self.theta, self.ref_theta))
+            objective += factors[len(s)] * reach * (log_pi.exp() * (log_pi - log_ref)).sum()
+        return torch.autograd.grad(objective, self.theta)[0]
+
+
 @pytest.mark.parametrize("group_size", [2, 3])
 @pytest.mark.parametrize("stop", [False, True], ids=["fixed length", "variable length"])
 def test_expected_gradient_of_the_step_term_pushes_away_from_the_reference(group_size, stop):
@@ -308,46 +464,33 @@ def test_expected_gradient_of_the_step_term_pushes_away_from_the_reference(group
     with the distribution of states held fixed and n_t siblings alive (G of them where nothing stops early):
     past log-ratios are a baseline and cancel, and the mean that is subtracted contains the response itself.
     """
-    # Vocabulary 3, at most 3 tokens; 15 responses if token 0 stops, else 27. One row of logits per prefix.
-    sequences = itertools.product(range(3), repeat=3)
-    responses = sorted({r[: r.index(0) + 1] if stop and 0 in r else r for r in sequences})
-    states = sorted({r[:t] for r in responses for t in range(len(r))})
-    number = {s: i for i, s in enumerate(states)}
-    mask = torch.tensor([[t < len(r) for t in range(3)] for r in responses])
-    state = torch.tensor([[number.get(r[:t], 0) for t in range(3)] for r in responses])
-    action = torch.tensor([[*r, 0, 0][:3] for r in responses])
-    g = torch.Generator().manual_seed(group_size)
-    theta, ref_theta = torch.randn(2, len(states), 3, generator=g).double()
-    theta, rewards = theta.requires_grad_(), torch.rand(len(responses), generator=g).double()
-
-    # All ordered groups of G responses, each weighted by its probability: siblings are independent draws.
-    groups = torch.cartesian_prod(*[torch.arange(len(responses))] * group_size)
-    rows = groups.flatten()
-
-    def expected_gradient(advantage, ref_theta):
-        pi, ref = (x.log_softmax(1)[state, action] for x in (theta, ref_theta))
-        prob = torch.where(mask, pi.detach(), 0.0).sum(1).exp()
-        weights = (prob[groups].prod(1) / group_size).repeat_interleave(group_size)[:, None] * mask[rows]
-        advantages = advantage(rewards[rows], pi[rows], ref[rows], mask[rows], group_size, BETA)
-        loss, _ = spro.policy_loss(pi[rows], pi[rows], advantages, weights, LOW, HIGH)
-        return torch.autograd.grad(-loss, theta)[0]
-
-    grpo = expected_gradient(spro.grpo_advantage, ref_theta)
-    pi, objective = theta.detach().softmax(1), 0.0
+    policy, factors = Tabular(group_size, stop), []
     for t in range(3):
-        reach = {s: math.prod(pi[number[s[:j]], s[j]] for j in range(t)) for s in states if len(s) == t}
-        p, others = float(sum(reach.values())), group_size - 1
+        p, others = float(policy.prob[policy.mask[:, t]].sum()), group_size - 1
         # The chance that k of the other siblings are alive, where n_t = k + 1.
         chance = [math.comb(others, k) * p**k * (1 - p) ** (others - k) for k in range(group_size)]
-        factor = sum(c * k / (k + 1) for k, c in enumerate(chance))
-        assert stop or factor == pytest.approx((group_size - 1) / group_size)
-        for s, prob in reach.items():
-            log_pi, log_ref = theta[number[s]].log_softmax(0), ref_theta[number[s]].log_softmax(0)
-            objective += BETA * factor * prob * (log_pi.exp() * (log_pi - log_ref)).sum()
-    (expected,) = torch.autograd.grad(objective, theta)
+        factors.append(BETA * sum(c * k / (k + 1) for k, c in enumerate(chance)))
+        assert stop or factors[t] == pytest.approx(BETA * (group_size - 1) / group_size)
+    grpo, expected = policy.expected_gradient(spro.grpo_advantage), policy.kl_gradient(factors)
     assert expected.abs().max() > 1e-3
-    assert_equal(expected_gradient(spro.spro_advantage, ref_theta) - grpo, expected, 1e-10)
-    assert torch.equal(expected_gradient(spro.spro_advantage, theta.detach()), grpo)  # pi = ref: no step term
+    assert_equal(policy.expected_gradient(spro.spro_advantage) - grpo, expected, 1e-10)
+    assert torch.equal(policy.expected_gradient(spro.spro_advantage, policy.theta.detach()), grpo)  # pi = ref
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_the_sum_over_the_past_adds_variance_and_no_gradient(group_size):
+    """At fixed length spro and spro_local push alike, spro_loo by G / (G - 1) more, and spro_history not at all."""
+    policy, part = Tabular(group_size), (group_size - 1) / group_size
+    expected = policy.kl_gradient([BETA] * 3)
+    for name, factor in (("spro", part), ("spro_loo", 1), ("spro_local", part), ("spro_history", 0)):
+        step_term = policy.expected_gradient(spro.ADVANTAGES[name]) - policy.expected_gradient(spro.grpo_advantage)
+        assert_equal(step_term, factor * expected, 1e-10)
+    variance = {name: policy.variance(spro.ADVANTAGES[name]) for name in ("spro", "spro_local", "msa_only", "grpo")}
+    assert variance["spro"] > 1.001 * variance["spro_local"] and variance["msa_only"] > 0
+    policy.rewards[:] = 1  # no outcome: the step terms alone
+    alone = {name: policy.variance(spro.ADVANTAGES[name]) for name in ("spro", "spro_local", "spro_history")}
+    assert alone["spro"] == pytest.approx(variance["msa_only"], rel=1e-9)
+    assert alone["spro"] > 1.1 * alone["spro_local"] and alone["spro_history"] > 0
 
 
 @pytest.mark.parametrize("mode", spro.WEIGHT_MODES)
@@ -449,6 +592,7 @@ def test_estimators_share_one_signature_and_the_outcome_only_ones_ignore_the_ref
 
 def test_names_a_config_can_choose_exist():
     assert {"spro", "grpo"} <= set(ESTIMATORS) and {"grpo"} <= spro.OUTCOME_ONLY <= set(ESTIMATORS)
+    assert set(ESTIMATORS) - spro.OUTCOME_ONLY >= spro.BY_LINE
     config = spro.AlgorithmConfig()
     assert config.advantage in ESTIMATORS and config.loss_weights in spro.WEIGHT_MODES
 

@@ -142,6 +142,20 @@ def test_grpo_runs_without_a_reference_and_beta_0_gives_its_run_bitwise(tiny_run
     assert not (tmp_path / "grpo" / "warm_start").exists()
 
 
+def test_a_run_by_lines_gives_all_tokens_of_a_line_one_advantage(tiny_run, tmp_path):
+    start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
+    by_line = ("algorithm.advantage=spro_line", "algorithm.line_end=;", "train.steps=2", "eval.prompts=8")
+    done = launch(ROOT / "configs" / "tiny.yaml", start, *by_line, f"run_dir={tmp_path / 'line'}")
+    assert done.returncode == 0, done.stderr
+    most = 0
+    for row in (tmp_path / "line" / "samples" / "step_000002.jsonl").read_text().splitlines():
+        pieces, advantages = json.loads(row)["piece"], json.loads(row)["advantage"]
+        steps = [pieces[:t].count(";") for t in range(len(pieces))]
+        assert len(set(zip(steps, advantages, strict=True))) == steps[-1] + 1
+        most = max(most, len(set(advantages)))
+    assert most > 1  # at step 2 the policy is not the reference any more
+
+
 def hand_made_rollout(lengths, prompt_lengths):
     """Responses of the given lengths with random ids, built row by row."""
     random = random_for(0, Draw.SAMPLE)
@@ -256,4 +270,4 @@ def test_a_step_whose_groups_are_all_dropped_changes_no_weight(tiny_run, tmp_pat
 def test_all_named_estimators_run_on_a_batch_of_no_responses():
     nothing, mask = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool)
     for advantage_of in ADVANTAGES.values():
-        assert advantage_of(torch.zeros(0), nothing, nothing, mask, 4, 0.1).shape == (0, 1)
+        assert advantage_of(torch.zeros(0), nothing, nothing, mask, 4, 0.1, nothing.long()).shape == (0, 1)
