@@ -152,10 +152,10 @@ def peak_gib() -> float:
 
 @contextmanager
 def timed(seconds: dict[str, float], key: str):
-    """Note the seconds that the block takes in `seconds`."""
+    """Add the seconds that the block takes to `seconds`."""
     start = time.perf_counter()
     yield
-    seconds[key] = time.perf_counter() - start
+    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
 
 def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
@@ -201,7 +201,8 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
         f"{policy.config._attn_implementation} attention",
         f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
-        f"{t.micro_batch_tokens} tokens; {t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}",
+        f"{t.micro_batch_tokens} tokens; {t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}"
+        + f", at most {t.max_refills} refill(s)" * bool(t.max_refills),
         f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; generate: {settings}",
     ))  # fmt: skip
 
@@ -222,6 +223,7 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
         tokens_per_row=row,
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
+        has_prm=config.needs_prm,
     )
     table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
     return "\n".join(

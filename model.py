@@ -265,6 +265,7 @@ def memory_plan(
     tokens_per_row: int,
     trained_tokens: int,
     has_reference: bool,
+    has_prm: bool = False,
 ) -> dict[str, float]:
     """GiB that each rank will need, by what needs it. The model may be on the meta device: only shapes are read.
 
@@ -289,6 +290,7 @@ def memory_plan(
         "weights, fp32, sharded": 4 * n / split,
         "optimizer moments, fp32, sharded": 8 * n / split,
         "reference, fp32, sharded": 4 * n / split if has_reference and not config.offload_reference else 0,
+        "PRM and its moments, fp32, sharded": 12 * n / split if has_prm else 0,  # its gradients go before the policy's
     }
     sampling = {
         "sampling: gathered weights": compute * n if is_split else 0,

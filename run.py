@@ -407,19 +407,21 @@ def _keep_metrics_through(file: Path, step: int) -> list[dict]:
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def training_tensors(policy, optimizer) -> dict[str, torch.Tensor]:
+def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
     """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and loading.
 
-    `named_parameters` lists a tied weight once. Before the first optimizer step the moments are made here, as zeros.
+    `trained` holds (model, optimizer) by name. `named_parameters` lists a tied weight once. Before the first optimizer
+    step the moments are made here, as zeros.
     """
     tensors = {}
-    for name, parameter in policy.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors[f"model.{name}"] = parameter.detach()
-        tensors |= {f"optimizer.{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    for owner, (model, optimizer) in trained.items():
+        for name, parameter in model.named_parameters():
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors[f"{owner}.model.{name}"] = parameter.detach()
+            tensors |= {f"{owner}.optimizer.{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
     return tensors
 
 
@@ -439,11 +441,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def save_checkpoint(run: Path, step: int, policy, optimizer, state: dict, keep: int) -> None:
+def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int) -> None:
     """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each writes its own shard.
 
-    `state` is JSON: all that training needs besides tensors. Raises RunStopped if it cannot be written (a full disk,
-    say); what was saved before is untouched then.
+    `trained` holds (model, optimizer) by name, `state` all else that training needs, as JSON. Raises RunStopped if the
+    checkpoint cannot be written (a full disk, say); what was saved before is untouched then.
     """
     final = run / "checkpoints" / f"step_{step:06d}"
     if final.exists():  # complete, as its name says
@@ -451,11 +453,11 @@ def save_checkpoint(run: Path, step: int, policy, optimizer, state: dict, keep: 
     temporary = final.with_suffix(".tmp")
     try:
         fresh_folder(temporary)
-        tensors = training_tensors(policy, optimizer)
-        adam_steps = int(next(iter(optimizer.state.values()))["step"])
+        tensors = training_tensors(trained)
+        steps = {name: int(next(iter(optimizer.state.values()))["step"]) for name, (_, optimizer) in trained.items()}
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        state = {**state, "step": step, "adam_steps": adam_steps, **provenance()}
+        state = {**state, "step": step, "adam_steps": steps, **provenance()}
         on_first_rank(lambda: _publish(temporary, final, state, keep))
     except (OSError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
@@ -521,11 +523,12 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(checkpoint: Path, policy, optimizer) -> dict:
-    """Fill policy and optimizer in place, on any number of ranks -> the `state` that was saved beside them."""
+def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
+    """Fill models and optimizers in place, on any number of ranks -> the `state` that was saved beside them."""
     state = json.loads((checkpoint / "state.json").read_text())
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(training_tensors(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
-    for moments in optimizer.state.values():
-        moments["step"].fill_(state["adam_steps"])
+    dcp.load(training_tensors(trained), storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, (_, optimizer) in trained.items():
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["adam_steps"][name])
     return state

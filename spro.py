@@ -274,6 +274,61 @@ def spro_posterior_advantage(rewards, log_probs, ref_log_probs, mask, group_size
     return outcome + torch.where(rewards.detach()[:, None] > 0.5, msa, 0.0)
 
 
+def _to_go(rewards: torch.Tensor) -> torch.Tensor:
+    """Reverse running sum along each response: the sum over s >= t. [B, T] -> [B, T]."""
+    return rewards.flip(1).cumsum(1).flip(1)
+
+
+def _mean_of_others(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Leave-one-out mean over the siblings. [B] -> [B]."""
+    grouped = _by_group(x, group_size)
+    return ((grouped.sum(1, keepdim=True) - grouped) / (group_size - 1)).flatten()
+
+
+def _process_rewards_and_means(log_probs, ref_log_probs, mask, beta):
+    """Process rewards, 0 where masked [B, T], and their mean over each response's tokens [B]."""
+    process_rewards = torch.where(mask, process_reward(log_probs.detach(), ref_log_probs.detach(), beta), 0.0)
+    return process_rewards, process_rewards.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def prime_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """PRIME (arXiv 2502.01456, Eq. 5, gamma 1); detached, 0 where masked. rewards [B]; others [B, T] -> [B, T].
+
+    `log_probs` are the PRM's (prime.py). Outcome and process reward are each compared with the mean of the siblings,
+    itself left out: r_i - mean_j r_j, plus the sum over s >= t of (process reward - mean_j of length-averaged process
+    rewards). A token is the step, whatever `step_ids` says.
+
+    >>> log_ratio = torch.tensor([[0.1, 0.3], [0.4, 0.0]])  # mean over tokens .2, .4; the second has one token
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> prime_advantage(torch.tensor([1.0, 0.0]), log_ratio, torch.zeros(2, 2), mask, group_size=2, beta=1.0)
+    tensor([[ 0.6000,  0.9000],
+            [-0.8000,  0.0000]])
+    """
+    rewards = _at_least_fp32(rewards.detach())
+    outcome = rewards - _mean_of_others(rewards, group_size)
+    process_rewards, means = _process_rewards_and_means(log_probs, ref_log_probs, mask, beta)
+    to_go = _to_go(torch.where(mask, process_rewards - _mean_of_others(means, group_size)[:, None], 0.0))
+    return torch.where(mask, outcome[:, None] + to_go, 0.0)
+
+
+def prime_released_advantage(rewards, log_probs, ref_log_probs, mask, group_size, beta, step_ids=None) -> torch.Tensor:
+    """PRIME as its released code computes it, which is not Eq. 5; arguments and result as for `prime_advantage`.
+
+    The log-ratios, without beta, are divided by the largest |sum over s >= t| of the batch + 1e-6; the leave-one-out is
+    K/(K-1) r - sum_j mean_j / (K-1), which is Eq. 5's plus (r - own mean) / (K-1); outcome and process returns add
+    one to one, and the sum is whitened over all tokens of the batch: (A - mean) / sqrt(unbiased variance + 1e-8).
+    """
+    log_ratio, means = _process_rewards_and_means(log_probs, ref_log_probs, mask, 1.0)
+    largest = torch.cat([_to_go(log_ratio).abs()[mask], log_ratio.new_zeros(1)]).max() + 1e-6  # of no tokens: 0
+    K, rewards = group_size, _at_least_fp32(rewards.detach())
+    baseline = _by_group(means, K).sum(1).repeat_interleave(K) / (K - 1)
+    process_returns = _to_go(torch.where(mask, K / (K - 1) * log_ratio - baseline[:, None], 0.0)) / largest
+    returns = (rewards - _mean_of_others(rewards, K))[:, None] + process_returns
+    live = returns[mask]
+    variance = (live - live.mean()).square().sum() / max(1, len(live) - 1)
+    return torch.where(mask, (returns - live.mean()) * (variance + 1e-8).rsqrt(), 0.0)
+
+
 ADVANTAGES = {
     "spro": spro_advantage,
     "grpo": grpo_advantage,
@@ -289,10 +344,13 @@ ADVANTAGES = {
     "spro_line": spro_line_advantage,
     "spro_posterior": spro_posterior_advantage,
     "msa_only": msa_only_advantage,
+    "prime": prime_advantage,
+    "prime_released": prime_released_advantage,
 }
 # Estimators that never read the reference: a run with one of them loads none.
 OUTCOME_ONLY = frozenset({"grpo", "dr_grpo", "rloo", "raft", "reinforce_rej", "unlikeliness"})
 BY_LINE = frozenset({"spro_line"})  # estimators that need step_ids
+NEEDS_PRM = frozenset({"prime", "prime_released"})  # estimators whose log_probs are those of PRIME's PRM (prime.py)
 
 WEIGHT_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")
 

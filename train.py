@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import model
+import prime
 import run
 from data import DataConfig, Draw, random_for, require_at_least
 from eval import (
@@ -43,16 +44,18 @@ from eval import (
     update_metrics,
 )
 from model import ModelConfig
+from prime import PrimeConfig
 from reward import RewardConfig, configure, grade, shaped_rewards
 from run import BadInput, RunStopped, say
 from sample import Rollout, SampleConfig, context_left, dump_rollout, line_ids, sample
-from spro import ADVANTAGES, BY_LINE, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
+from spro import ADVANTAGES, BY_LINE, NEEDS_PRM, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 40  # RL steps: each samples once and then updates on what it sampled
+    steps: int = 40  # RL steps: each samples and then updates on what it sampled
     prompts_per_step: int = 16  # prompts sampled per step, each sample.group_size times
+    max_refills: int = 0  # further batches of prompts sampled while fewer groups than prompts_per_step are kept
     mini_batch_size: int = 32  # responses per optimizer step
     micro_batch_tokens: int = 16384  # prompt and response tokens per forward and backward pass: memory, no gradient
     old_log_probs: str = "recompute"  # of stage 3: recompute them, or keep the sampler's (one pass less; fp32 only)
@@ -74,6 +77,7 @@ class TrainConfig:
         require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_tokens", "epochs")
         require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every")
         require_at_least(0, self, "warmup_steps", "warm_start_clean_steps", "warm_start_noisy_steps", "weight_decay")
+        require_at_least(0, self, "max_refills")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={self.schedule!r}: choose constant, linear or cosine")
         if self.old_log_probs not in ("recompute", "sampler"):
@@ -97,6 +101,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    prime: PrimeConfig = field(default_factory=PrimeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -115,6 +120,12 @@ class Config:
             raise ValueError(f"train.prompts_per_step={t.prompts_per_step} > data.train_size={self.data.train_size}")
         if self.eval.prompts > self.data.held_out_size:
             raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={self.data.held_out_size}")
+        if self.needs_prm and self.algorithm.beta <= 0:
+            raise ValueError(f"algorithm.advantage={self.algorithm.advantage} needs algorithm.beta above 0 to learn by")
+
+    @property
+    def needs_prm(self) -> bool:
+        return self.algorithm.advantage in NEEDS_PRM
 
     @property
     def needs_reference(self) -> bool:
@@ -247,12 +258,17 @@ def check_refused(state: dict, update: dict, step: int) -> None:
         )
 
 
+def start_of(config: Config, folder: Path) -> str | Path:
+    """The saved model that policy, reference and PRM start from."""
+    return config.model.path or folder / "warm_start" / "model"
+
+
 def start_models(config: Config, folder: Path, device, policy, tokenizer, problems, prompts):
     """(policy, reference or None, hash of the reference's weights), sharded, as RL starts from them.
 
     The reference comes from model.path or the finished warm start, never from weights that RL has touched.
     """
-    start, attention = config.model.path or folder / "warm_start" / "model", config.model.attention
+    start, attention = start_of(config, folder), config.model.attention
     warm = not config.model.path and not start.exists()
     if not config.model.path and not warm:
         say("the warm start of this run is finished and kept")
@@ -267,16 +283,16 @@ def start_models(config: Config, folder: Path, device, policy, tokenizer, proble
     return policy, model.shard(reference, config.model, device, config.model.offload_reference), start_hash
 
 
-def resume(config: Config, folder: Path, policy, optimizer, start_hash: str | None) -> dict:
+def resume(config: Config, folder: Path, trained: dict, start_hash: str | None) -> dict:
     """The state to go on from, all that is not a tensor: of the newest checkpoint that holds, else of the start.
 
-    Fills policy and optimizer, and cuts metrics.jsonl back to where that state stands.
+    Fills `trained`, (model, optimizer) by name, and cuts metrics.jsonl back to where that state stands.
     """
     state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
     state |= {"before": None, "after": None, "best": None}
     checkpoint = run.newest_checkpoint(folder)
     if checkpoint:
-        state |= run.load_checkpoint(checkpoint, policy, optimizer)
+        state |= run.load_checkpoint(checkpoint, trained)
         if state["start_hash"] != start_hash:
             raise BadInput(f"the model that {folder} started from has changed on disk: bring it back, or start anew")
         say(f"resume: going on after step {state['step']}, from {checkpoint}")
@@ -315,23 +331,28 @@ def main() -> None:
     model.shard_size(config.model)  # before anything is written
     folder = run.open_run_folder(run.plain(config))
     policy, reference, start_hash = start_models(config, folder, device, policy, tokenizer, problems, prompts)
-    optimizer = make_optimizer(policy, config.train)
-    state = resume(config, folder, policy, optimizer, start_hash)
+    models = {"policy": policy}
+    if config.needs_prm:
+        prm, _ = model.load(start_of(config, folder), config.model.attention)
+        models["prm"] = model.shard(prm, config.model, device)
+    trained = {name: (each, make_optimizer(each, config.train)) for name, each in models.items()}
+    state = resume(config, folder, trained, start_hash)
     if state["step"] >= config.train.steps and (folder / "model").exists():
         say(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
         return
     if state["step"] < config.train.steps:  # an earlier end of this run is not the end any more
         run.on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
-    train(config, folder, policy, reference, optimizer, tokenizer, (problems, prompts), eval_set, state)
+    train(config, folder, trained, reference, tokenizer, (problems, prompts), eval_set, state)
     model.save(policy, tokenizer, folder / "model")
     say(summary(config, folder, state, time.perf_counter() - started))
 
 
-def train(
-    config: Config, folder: Path, policy, reference, optimizer, tokenizer, train_set, eval_set, state: dict
-) -> None:
-    """The loop. `state` is what a checkpoint holds besides tensors; it moves on at the end of a step."""
-    t, s, a = config.train, config.sample, config.algorithm
+def train(config: Config, folder: Path, trained, reference, tokenizer, train_set, eval_set, state: dict) -> None:
+    """The loop. `trained` holds (model, optimizer) by name: "policy", and with PRIME "prm".
+
+    `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
+    """
+    t, s, a, (policy, optimizer) = config.train, config.sample, config.algorithm, trained["policy"]
     (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
 
     def evaluation() -> dict[str, float]:
@@ -356,23 +377,31 @@ def train(
         run.watch(t.timeout_minutes)
         step_started, seconds = time.perf_counter(), {}
 
-        # 1. Sample.
-        with timed(seconds, "time/sample"), model.gathered(policy):
-            places = range(state["position"], state["position"] + t.prompts_per_step)
-            batch = [data.index_at(place, len(problems), config.seed) for place in places]
-            keys = [(config.seed, Draw.SAMPLE, place) for place in places]
-            rollout = sample(policy, tokenizer, [prompts[i] for i in batch], keys, s)
+        parts, asked, graded = [], [], []
+        for refill in range(1 + t.max_refills):
+            # 1. Sample.
+            with timed(seconds, "time/sample"), model.gathered(policy):
+                first = state["position"] + refill * t.prompts_per_step
+                places = range(first, first + t.prompts_per_step)
+                batch = [data.index_at(place, len(problems), config.seed) for place in places]
+                keys = [(config.seed, Draw.SAMPLE, place) for place in places]
+                parts.append(sample(policy, tokenizer, [prompts[i] for i in batch], keys, s))
 
-        # 2. Reward.
-        with timed(seconds, "time/reward"):
-            asked = [problems[i] for i in batch for _ in range(s.group_size)]
-            answers = list(zip(asked, rollout.texts, rollout.mask.sum(1).tolist(), strict=True))
-            verdicts, shaped = zip(*run.shared(judge, answers), strict=True)
-            scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
-            rewards = torch.tensor(shaped)
-            kept = keep_groups(scores, s.group_size, *a.keep_accuracy) & ~rewards.isnan().view(len(batch), -1).any(1)
-            rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
-            learned = rollout.pick(rows)
+            # 2. Reward.
+            with timed(seconds, "time/reward"):
+                asked += [problems[i] for i in batch for _ in range(s.group_size)]
+                answers = zip(asked[len(graded) :], parts[-1].texts, parts[-1].mask.sum(1).tolist(), strict=True)
+                graded += run.shared(judge, list(answers))
+                verdicts, shaped = zip(*graded, strict=True)
+                scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
+                rewards = torch.tensor(shaped)
+                usable = ~rewards.isnan().view(-1, s.group_size).any(1)
+                passed = usable & keep_groups(scores, s.group_size, *a.keep_accuracy)
+            if passed.sum() >= t.prompts_per_step or run.stop_requested():
+                break
+        rollout, kept = Rollout.cat(parts), passed & (passed.cumsum(0) <= t.prompts_per_step)  # not a refill's surplus
+        rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
+        learned = rollout.pick(rows)
 
         # 3. Log-probs.
         with timed(seconds, "time/log_probs"):
@@ -385,21 +414,26 @@ def train(
             # Without a reference, a log-ratio of 0 everywhere: no step term.
             ref_log_probs = old_log_probs if reference is None else model.rollout_log_probs(reference, *scored)[0]
 
-        # 4. Advantage.
-        responses = learned.tokens[:, -learned.mask.shape[1] :]
-        by_line = a.advantage in BY_LINE
-        step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
-        group = (learned.mask, s.group_size, a.beta, step_ids)
-        advantages = advantage_of(rewards[rows], old_log_probs, ref_log_probs, *group)
-        outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
-
         if run.stop_requested():  # nothing has changed since the last step: drop this one
             break
+
+        # 4. Advantage.
+        batches = mini_batches(len(learned), config, step)
+        if config.needs_prm:
+            judged, first_pass = (learned, scores[rows], ref_log_probs), batches[: len(batches) // t.epochs]
+            scorer, prm_metrics = prime.score_and_learn(*trained["prm"], optimizer_step, config, *judged, first_pass)
+        else:
+            scorer, prm_metrics = old_log_probs, {}  # the policy itself says what each token was worth
+        responses, by_line = learned.tokens[:, -learned.mask.shape[1] :], a.advantage in BY_LINE
+        step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
+        group = (learned.mask, s.group_size, a.beta, step_ids)
+        advantages = advantage_of(rewards[rows], scorer, ref_log_probs, *group)
+        outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
 
         # 5. Update.
         with timed(seconds, "time/update"):
             lr, updates = learning_rate(step, t.steps, t.learning_rate, t.warmup_steps, t.schedule), []
-            for chosen in mini_batches(len(learned), config, step):
+            for chosen in batches:
                 losses = policy_losses(policy, config, learned.at(chosen), old_log_probs[chosen], advantages[chosen])
                 updates.append(optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses))
                 check_refused(state, updates[-1], step)
@@ -410,8 +444,10 @@ def train(
         metrics = {
             "step": step,
             **sampling_metrics(rollout, scores, rewards, kept, s.group_size),
+            **({"groups/sampled": len(kept)} if t.max_refills else {}),
             **token_metrics(learned, old_log_probs, ref_log_probs, entropy, outcome, advantages, reference is not None),
             **update_metrics(updates),
+            **prm_metrics,
             "lr": lr,
             **seconds,
             "tokens_per_second": int(rollout.mask.sum()) / seconds["time/step"],
@@ -421,6 +457,7 @@ def train(
         if step % t.dump_every == 0 or step in (1, t.steps):
             per_token = {"log_prob": old_log_probs, "entropy": entropy, "advantage": advantages}
             per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
+            per_token |= {"prm_log_prob": scorer} if config.needs_prm else {}
             file = folder / "samples" / f"step_{step:06d}.jsonl"
             dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rows, per_token)
 
@@ -434,12 +471,12 @@ def train(
         run.append_line(folder / "metrics.jsonl", metrics)
         state |= {"step": step, "position": places.stop}
         if step % t.save_every == 0 or step == t.steps:
-            run.save_checkpoint(folder, step, policy, optimizer, state, t.keep_checkpoints)
+            run.save_checkpoint(folder, step, trained, state, t.keep_checkpoints)
         if run.stop_requested():
             break
 
     if state["step"] < t.steps:
-        run.save_checkpoint(folder, state["step"], policy, optimizer, state, t.keep_checkpoints)
+        run.save_checkpoint(folder, state["step"], trained, state, t.keep_checkpoints)
         raise RunStopped(f"saved after step {state['step']} of {t.steps}; resume=true goes on", run.EXIT_STOPPED)
 
 

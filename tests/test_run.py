@@ -309,7 +309,7 @@ def three_checkpoints(tmp_path_factory) -> Path:
     folder, (policy, optimizer) = tmp_path_factory.mktemp("three"), trainable()
     for step in (1, 2, 3):
         learn(policy, optimizer, step)
-        run.save_checkpoint(folder, step, policy, optimizer, {"step": step, "position": 4 * step}, keep=3)
+        run.save_checkpoint(folder, step, {"policy": (policy, optimizer)}, {"step": step, "position": 4 * step}, keep=3)
     return folder
 
 
@@ -325,38 +325,53 @@ def test_a_checkpoint_brings_back_weights_moments_adam_step_and_state_to_the_las
     for seed in range(3):
         learn(policy, optimizer, seed)
     state = {"step": 2, "position": 8, "best": {"step": 1, "eval/accuracy": 1 / 3}, "after": None}
-    run.save_checkpoint(tmp_path, 2, policy, optimizer, state, keep=2)
+    run.save_checkpoint(tmp_path, 2, {"policy": (policy, optimizer)}, state, keep=2)
     saved_tensors = everything(policy, optimizer)
     learn(policy, optimizer, 3)
     continued = everything(policy, optimizer)
 
     policy, optimizer = trainable(tied)
-    loaded = run.load_checkpoint(run.newest_checkpoint(tmp_path), policy, optimizer)
+    loaded = run.load_checkpoint(run.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)})
     assert {key: loaded[key] for key in state} == state
     assert_same(everything(policy, optimizer), saved_tensors)
     learn(policy, optimizer, 3)
     assert_same(everything(policy, optimizer), continued)
 
 
+def test_a_checkpoint_of_two_models_keeps_them_apart(tmp_path):
+    trained = {"policy": trainable(), "prm": trainable()}
+    for name, seeds in (("policy", (0, 1)), ("prm", (2, 3, 4))):  # the one has taken two steps and the other three
+        for seed in seeds:
+            learn(*trained[name], seed)
+    run.save_checkpoint(tmp_path, 1, trained, {"step": 1}, keep=2)
+    again = {"policy": trainable(), "prm": trainable()}
+    run.load_checkpoint(run.newest_checkpoint(tmp_path), again)
+    for name in trained:
+        assert_same(everything(*again[name]), everything(*trained[name]))
+    assert not torch.equal(*(next(pair[0].parameters()) for pair in again.values()))
+
+
 def test_a_checkpoint_of_a_resumed_run_counts_adam_steps_on(folder):
     policy, optimizer = trainable()
-    state = run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)  # as train.resume keeps it
+    state = run.load_checkpoint(
+        run.newest_checkpoint(folder), {"policy": (policy, optimizer)}
+    )  # as train.resume keeps it
     learn(policy, optimizer, 4)
-    run.save_checkpoint(folder, 4, policy, optimizer, state | {"step": 4}, keep=3)
+    run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, state | {"step": 4}, keep=3)
     expected = everything(policy, optimizer)
     policy, optimizer = trainable()
-    assert run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)["step"] == 4
+    assert run.load_checkpoint(run.newest_checkpoint(folder), {"policy": (policy, optimizer)})["step"] == 4
     assert_same(everything(policy, optimizer), expected)
 
 
 def test_a_checkpoint_before_the_first_optimizer_step_can_be_loaded(tmp_path):
     policy, optimizer = trainable()
-    run.save_checkpoint(tmp_path, 0, policy, optimizer, {"step": 0}, keep=2)
+    run.save_checkpoint(tmp_path, 0, {"policy": (policy, optimizer)}, {"step": 0}, keep=2)
     learn(policy, optimizer, 0)
     expected = everything(policy, optimizer)
     policy, optimizer = trainable()
     learn(policy, optimizer, 9)
-    run.load_checkpoint(run.newest_checkpoint(tmp_path), policy, optimizer)
+    run.load_checkpoint(run.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)})
     learn(policy, optimizer, 0)
     assert_same(everything(policy, optimizer), expected)
 
@@ -389,7 +404,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     assert "step_000003 is damaged" in said and words in said
     assert checkpoints(folder) == ["damaged_step_000003", "step_000001", "step_000002"]
     policy, optimizer = trainable()
-    assert run.load_checkpoint(run.newest_checkpoint(folder), policy, optimizer)["position"] == 8
+    assert run.load_checkpoint(run.newest_checkpoint(folder), {"policy": (policy, optimizer)})["position"] == 8
     assert not capsys.readouterr().out
 
 
@@ -412,7 +427,7 @@ def test_old_checkpoints_go_only_once_the_new_one_is_complete(folder, monkeypatc
         remove(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", watched)
-    run.save_checkpoint(folder, 4, policy, optimizer, {"step": 4}, keep=2)
+    run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
     assert removed == ["step_000001", "step_000002"]
     assert checkpoints(folder) == ["step_000003", "step_000004"]
 
@@ -427,7 +442,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_not_reported_as_a_new_one_t
     policy, optimizer = trainable()
     monkeypatch.setattr(shutil, "rmtree", refuse)
     try:
-        run.save_checkpoint(folder, 4, policy, optimizer, {"step": 4}, keep=2)
+        run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
     except RunStopped as stop:
         assert "could not be written" not in str(stop)
     assert run.newest_checkpoint(folder).name == "step_000004"
@@ -453,7 +468,7 @@ def fill_the_disk_at_every_operation(folder: Path) -> None:
     for n in range(1, 99):
         step, before, left = 3 + n, checkpoints(folder), n
         try:
-            run.save_checkpoint(folder, step, policy, optimizer, {"step": step}, keep=3)
+            run.save_checkpoint(folder, step, {"policy": (policy, optimizer)}, {"step": step}, keep=3)
             assert left > 0 or f"{step:06d}" not in name, f"{name}: the save went on as if nothing had happened"
         except RunStopped as stop:
             assert "No space left on device" in str(stop) and "\n" not in str(stop), f"{name}: {stop}"
@@ -629,8 +644,9 @@ def test_a_finished_warm_start_is_kept_when_rl_had_no_checkpoint_yet(killed_in_s
 def test_a_run_does_not_go_on_with_another_reference_than_it_began_with(straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "run")
     policy, _ = load(folder / "model")
-    arguments = (config_of("resume=true"), folder, policy, train.make_optimizer(policy, train.TrainConfig()))
-    assert "started from has changed on disk" in refusal(train.resume, *arguments, "another hash")
+    trained = {"policy": (policy, train.make_optimizer(policy, train.TrainConfig()))}
+    arguments = (config_of("resume=true"), folder, trained, "another hash")
+    assert "started from has changed on disk" in refusal(train.resume, *arguments)
 
 
 # --- the dry run --------------------------------------------------------------------------------------------------
