@@ -133,7 +133,7 @@ def typed(value, kind, key):
 def build_config(cls, values, known: list[str], prefix: str = ""):
     """A config dataclass from nested dicts; unknown keys and wrong types raise BadInput."""
     if not isinstance(values, dict):
-        raise BadInput(f"config: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {values!r}")
+        raise BadInput(f"config: {prefix.rstrip('.')} must hold keys and values, not {values!r}")
     kinds, built = get_type_hints(cls), {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -147,8 +147,37 @@ def build_config(cls, values, known: list[str], prefix: str = ""):
         raise BadInput(f"config: {prefix}{error}") from error
 
 
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
+    """The values of a YAML file over those of its `base`, if it names one: a path from its own folder.
+
+    `heirs` are the files that led here. Raises BadInput on a file that cannot be read, or is its own base.
+    """
+    chain = " -> ".join(map(str, (*heirs, path)))
+    if path.resolve() in [heir.resolve() for heir in heirs]:
+        raise BadInput(f"config: {path} is its own base: {chain}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise BadInput(f"config: cannot read {chain}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"config: {path} must hold keys and values, not {values!r}")
+    base = values.pop("base", "")
+    if not isinstance(base, str):
+        raise BadInput(f"config: base of {path} must be the path of another YAML, not {base!r}")
+    return merged(read_yaml(path.parent / base, (*heirs, path)), values) if base else values
+
+
+def merged(below, above):
+    """`above` over `below`: nested dicts key by key, anything else whole."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: merged(below.get(key), value) for key, value in above.items()}
+
+
 def read_config(cls, arguments: list[str], default: Path):
-    """`[CONFIG.yaml] [key=value ...]` -> a `cls`: key=value overrides YAML, YAML overrides the dataclass's defaults.
+    """`[CONFIG.yaml] [key=value ...]` -> a `cls`: key=value overrides YAML, YAML its `base`, that the fields' defaults.
 
     Raises BadInput on a file that cannot be read, an unknown key, a wrong type, or what a block says of its own values.
     """
@@ -157,12 +186,7 @@ def read_config(cls, arguments: list[str], default: Path):
     if len(files) > 1 or any(a.startswith("-") for a in arguments):
         raise BadInput(f"usage: [CONFIG.yaml] [key=value ...], not {' '.join(arguments)!r}")
     path = Path(files[0]) if files else default
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise BadInput(f"config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     for override in overrides:
         key, _, text = override.partition("=")
         *blocks, name = key.split(".")
@@ -316,6 +340,13 @@ def flat(config: dict, prefix: str = "") -> dict:
     return items
 
 
+def changes(saved: dict, config: dict) -> str:
+    """`key: before -> now, ...` of what a resumed run may not change; empty if nothing."""
+    before, now = flat(saved), flat(config)
+    changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+
+
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)
@@ -365,10 +396,7 @@ def _open_run_folder(config: dict) -> Path:
             raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
         if in_use and config["resume"]:
             header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
-            before, now = flat(saved), flat(config)
-            changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
-            if changed:
-                diff = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+            if diff := changes(saved, config):
                 raise BadInput(f"run_dir {run} was made with another config ({diff}): undo that, or start another run")
         elif in_use:
             if run.resolve() in Path(config["model"]["path"]).resolve().parents:

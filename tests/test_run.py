@@ -27,7 +27,9 @@ from model import load
 from run import BadInput, RunStopped, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
-CONFIGS = sorted((chaos.ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((chaos.ROOT / "configs").rglob("*.yaml"))
+ABLATIONS = sorted((chaos.ROOT / "configs" / "ablations").glob("*.yaml"))
+TASKS = {"long", "neutral"}  # the same estimator on another task: several keys make it
 
 
 def config_of(*arguments, default=train.DEFAULT_CONFIG) -> train.Config:
@@ -146,8 +148,8 @@ def test_a_mistake_in_the_config_is_refused_in_one_line(arguments, words):
         (b"train: {steps: 5", "is not valid YAML"),
         (b"train:\n\tsteps: 5", "is not valid YAML"),
         (b"\xff\xfe\x00", "is not valid YAML"),
-        (b"- a\n- b\n", "the file must hold keys and values"),
-        (b"just text", "the file must hold keys and values"),
+        (b"- a\n- b\n", "config.yaml must hold keys and values"),
+        (b"just text", "config.yaml must hold keys and values"),
         (b"5: 6", "unknown key '5'"),
         (b"train:\n", "train must hold keys and values, not None"),
     ],
@@ -157,6 +159,53 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text, words, tmp_path):
     file.write_bytes(text)
     assert words in refusal(config_of, str(file))
     refusal(config_of, str(file), "train.steps=5")  # an override cannot save it
+
+
+def written(folder: Path, **texts: str) -> str:
+    """Writes NAME.yaml for each; the last one's path."""
+    for name, text in texts.items():
+        file = folder / f"{name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    return str(file)
+
+
+def test_a_config_overrides_its_base_key_by_key_and_is_saved_resolved(tmp_path):
+    (tmp_path / "sub").mkdir()
+    written(tmp_path, ground="seed: 3\ntrain: {steps: 5, save_every: 4, adam_betas: [0.5, 0.6]}\n")
+    written(tmp_path, middle="base: ground.yaml\nseed: 4\ntrain: {save_every: 3}\n")
+    top = tmp_path / "sub" / "top.yaml"  # a base is named from the file that names it, not from where one stands
+    top.write_text("base: ../middle.yaml\ntrain: {adam_betas: [0.7, 0.8]}\nmodel: {scratch: {hidden_size: 64}}\n")
+    config = config_of(str(top), "train.save_every=2")
+    assert (config.seed, config.train.steps, config.train.save_every) == (4, 5, 2)
+    assert config.train.adam_betas == (0.7, 0.8) and config.model.scratch == {"hidden_size": 64}
+    assert config.run_dir == "runs/top" and "base" not in run.plain(config)
+
+
+@pytest.mark.parametrize(
+    "texts, words",
+    [
+        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: a.yaml"}, "c.yaml is its own base: "),
+        ({"c": "base: c.yaml"}, "c.yaml is its own base: "),
+        ({"c": "base: none.yaml"}, "none.yaml: No such file"),
+        ({"b": "train: {steps", "c": "base: b.yaml"}, "b.yaml is not valid YAML"),
+        ({"b": "- 1", "c": "base: b.yaml\nseed: 1"}, "b.yaml must hold keys and values"),
+        ({"c": "base: [b.yaml]"}, "base of "),
+        ({"c": "base:"}, "must be the path of another YAML, not None"),
+        ({"b": "seeed: 1", "c": "base: b.yaml"}, "unknown key 'seeed'"),
+    ],
+)
+def test_a_base_that_is_none_is_refused_in_one_line(texts, words, tmp_path):
+    assert words in refusal(config_of, written(tmp_path, **texts))
+
+
+@pytest.mark.parametrize("file", [f for f in ABLATIONS if f.stem not in {"base", *TASKS}], ids=lambda file: file.stem)
+def test_an_ablation_differs_from_its_base_in_one_key(file):
+    base = file.parent / yaml.safe_load(file.read_text())["base"]
+    mine, its = run.flat(run.read_yaml(file)), run.flat(run.read_yaml(base))
+    differing = [key for key in mine | its if mine.get(key) != its.get(key)]
+    assert len(differing) == (file.stem != "spro")  # spro.yaml is base.yaml by its own name
+    assert base.stem == {"kl_bonus": "grpo", "long_grpo": "long", "neutral_grpo": "neutral"}.get(file.stem, "base")
 
 
 def test_bad_input_ends_the_script_with_code_2_and_one_line():

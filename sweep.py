@@ -1,0 +1,126 @@
+"""Runs of several configs over warm starts and seeds, as `train.py` processes, a few at a time; report.py reads them.
+
+    python sweep.py CONFIG.yaml [CONFIG.yaml ...] --seeds 5 --warm-starts 2 --jobs 2 --out runs/sweep [key=value ...]
+
+A run's folder is OUT/<config>/warm<W>-seed<S>, what it says goes to ....log beside it. Every config runs every (W, S),
+so that runs can be compared in pairs; S counts from 1000 W. Configs that agree in model, data and warm-start settings
+share a warm start of seed W, in OUT/warm_starts; a config with a model.path starts from that. The same command again
+leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+import run
+from run import BadInput, RunStopped
+from train import Config
+
+SEEDS_APART = 1000  # from the seeds of one warm start to those of the next
+MAKES_WARM_START = ("model.", "data.", "train.warm_start", "train.adam", "train.weight", "train.max_g", "train.micro")
+
+
+def finished(config: Config) -> bool:
+    """Whether the run has all its steps and its model. One made with another config has not: train.py refuses it."""
+    folder = Path(config.run_dir)
+    try:
+        steps = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        changed = run.changes(yaml.safe_load((folder / "config.yaml").read_text()), run.plain(config))
+    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
+        return False
+    return not changed and steps == config.train.steps and (folder / "model").exists()
+
+
+def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[int, int]]) -> tuple[dict, dict]:
+    """The runs to be made, {folder: arguments of train.py}, and the like of the warm starts that these need."""
+    runs, warm_starts = {}, {}
+    for (warm, seed), file in ((pair, file) for pair in pairs for file in files):
+        folder, arguments = str(out / Path(file).stem / f"warm{warm}-seed{seed}"), [file, *overrides, f"seed={seed}"]
+        config = run.read_config(Config, arguments, None)
+        if not config.model.path:
+            settings = {k: v for k, v in run.flat(run.plain(config)).items() if k.startswith(MAKES_WARM_START)}
+            start = out / "warm_starts" / f"{zlib.crc32(json.dumps(settings).encode()):08x}-seed{warm}"
+            config.model.path = f"{start}/warm_start/model"
+            if not Path(config.model.path).exists():
+                warm_starts[str(start)] = [file, *overrides, f"seed={warm}", "train.steps=1", "overwrite=true"]
+        config.run_dir = folder
+        if not finished(config):
+            runs[folder] = [*arguments, f"model.path={config.model.path}", "resume=true"]
+    return runs, warm_starts if runs else {}
+
+
+def start(folder: str, arguments: list[str]) -> subprocess.Popen:
+    """train.py, under way; it holds a lock on its log, even if this process is killed. OSError if one does already."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments, f"run_dir={folder}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+
+def run_all(waiting: dict[str, list[str]], jobs: int, what: str) -> int:
+    """Runs {folder: arguments}, `jobs` at a time -> how many failed, each named on stderr."""
+    bar, running, failures = tqdm(total=len(waiting), desc=what), {}, {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = next(iter(waiting))
+                try:
+                    running[folder] = start(folder, waiting.pop(folder))
+                except OSError as error:
+                    failures[folder] = f"{error.strerror} (is an earlier sweep still at it?)"
+                    tqdm.write(f"failed: {folder}: {failures[folder]}", file=sys.stderr)
+            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                bar.update()
+                if code := running.pop(folder).returncode:
+                    said = Path(f"{folder}.log").read_text(errors="replace").split("\n")
+                    failures[folder] = f"{next(filter(str.strip, reversed(said)), '')} (exit code {code})"
+                    tqdm.write(f"failed: {folder}: {failures[folder]}", file=sys.stderr)
+            time.sleep(0.1)
+    finally:  # stopped: each run ends its step and saves
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        bar.close()
+    return len(failures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="CONFIG.yaml | key=value")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of a config from each warm start (5)")
+    parser.add_argument("--warm-starts", type=int, default=1, help="warm starts, each from its own seed (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="the folder of the runs (runs/sweep)")
+    args = parser.parse_intermixed_args()
+    files, overrides = ([a for a in args.arguments if ("=" in a) == given] for given in (False, True))
+    if not files or len({Path(file).stem for file in files}) < len(files):
+        raise BadInput("give at least one config, each under another file name: folders are named after them")
+    if min(args.seeds, args.warm_starts, args.jobs) < 1 or args.seeds > SEEDS_APART:
+        raise BadInput(f"--seeds, --warm-starts and --jobs must be at least 1, and --seeds at most {SEEDS_APART}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pairs = [(w, SEEDS_APART * w + s) for s in range(args.seeds) for w in range(args.warm_starts)]
+    runs, warm_starts = plan(files, overrides, args.out, pairs)
+    print(f"{len(pairs) * len(files)} runs in {args.out}, {len(runs)} of them to be made", flush=True)
+    try:  # where a warm start failed, so will the runs that need it, and name it
+        failed = run_all(warm_starts, args.jobs, "warm starts") + run_all(runs, args.jobs, "runs")
+    except KeyboardInterrupt:
+        raise RunStopped("what was under way is saved; the same command goes on", run.EXIT_STOPPED) from None
+    if failed:
+        raise RunStopped(f"{failed} failed; the same command goes on where they stand")
+
+
+if __name__ == "__main__":
+    run.command_line(main)
