@@ -8,10 +8,11 @@
     pip install trl datasets accelerate                              # the peer (measured with trl 1.16.0)
 
 Both sides start from the same model with random weights: fp32, sdpa, micro-batches of 16 rows, no gradient
-checkpointing, one optimizer step per step and no pass for old log-probs, a reference each (TRL: beta 0.04). Their responses have equal lengths, row
-by row (sides.py). Each side is a child process, pinned to the same cores and warmed up, that steps when asked: ours,
-TRL's, ours, TRL's. Seconds are CPU seconds, which neighbours on the machine change least (on a GPU: wall). A ratio is
-ours / TRL, the median over the pairs; that of memory is of the processes' whole peaks, the worse of both lengths.
+checkpointing, one optimizer step per step and no pass for old log-probs, a reference each (TRL: beta 0.04). Their
+responses have equal lengths, row by row (sides.py). Each side is a child process, pinned to the same cores and warmed
+up, that steps when asked: ours, TRL's, ours, TRL's. Seconds are CPU seconds, which neighbours on the machine change
+least (on a GPU: wall). A ratio is ours / TRL, the median over the pairs; that of memory is of the processes' whole
+peaks, the worse of both lengths.
 """
 
 import argparse
