@@ -186,11 +186,12 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
     responses = t.prompts_per_step * s.group_size
     settings = generation_settings(policy, s).to_diff_dict()
     settings.pop("transformers_version", None)
+    kl = f", kl_coef {a.kl_coef:g} ({a.kl_estimator})" if a.kl_coef else ""
     chat = "chat template" if config.data.chat_template and tokenizer.chat_template else "plain text"
     ends = policy.generation_config
     stops = " ".join(tokenizer.convert_ids_to_tokens(ends.eos_token_id))
     return "\n".join((
-        f"{a.advantage}{'' if a.advantage in OUTCOME_ONLY else f', beta {a.beta:g}'}, seed {config.seed}, "
+        f"{a.advantage}{'' if a.advantage in OUTCOME_ONLY else f', beta {a.beta:g}'}{kl}, seed {config.seed}, "
         f"into {config.run_dir}",
         f"model    {config.model.path or 'from scratch'}: {policy.config.model_type}, {policy.num_parameters():,} "
         f"parameters; {world_size()} x {device.type}, {torch.get_num_threads()} threads each",

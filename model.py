@@ -150,6 +150,7 @@ def _prepare(model, tokenizer):
     model.shipped_generation_config = shipped
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
     model.token_log_probs = MethodType(_token_log_probs, model)
+    model.response_states = MethodType(_response_states, model)
     # Rows of the head beyond the last id in use are padding: never sampled, and in no softmax.
     model.vocabulary = 1 + max(pad, *stops, *tokenizer.get_vocab().values())
     model.packs_rows = "flash" in model.config._attn_implementation  # variable-length kernels
@@ -252,7 +253,8 @@ def shard(model, config: ModelConfig, device: torch.device, offload: bool = Fals
         if type(module).__name__ in (model._no_split_modules or ()):  # transformers' name for a decoder layer's class
             fully_shard(module, **options)
     fully_shard(model, **options)
-    register_fsdp_forward_method(model, "token_log_probs")
+    for name in ("token_log_probs", "response_states"):
+        register_fsdp_forward_method(model, name)
     return model
 
 
@@ -332,15 +334,21 @@ def gathered(model):
 class _ScoreTokens(torch.autograd.Function):
     """Log-prob and entropy of each target under softmax(head(hidden) / temperature), LOGITS_AT_ONCE logits at a time.
 
+    Given a reference's states and head too, also the exact KL(policy || reference) at each target's place.
     The backward pass makes each chunk's logits again: four matrix products instead of three, but [N, V] never exists.
     Gradients of the head are summed over chunks in fp32, or many chunks in bfloat16 would round them away.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, vocabulary):
-        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] -> log-probs, entropy [N], fp32 at least."""
+    def forward(ctx, hidden, weight, bias, targets, temperature, vocabulary, *reference):
+        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] -> log-probs, entropy, KL [N], fp32 at least.
+
+        `reference`: its hidden, weight and bias, without gradient. Without it there is no third result.
+        """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs, entropy, normaliser = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
+        kl = torch.empty_like(entropy) if reference else None
+        theirs = _logits_by_chunk(*reference, temperature, vocabulary, dtype) if reference else None
         for here, logits in _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, dtype):
             largest = logits.amax(-1)
             p = logits.sub_(largest[:, None]).exp()  # not yet normalised
@@ -348,20 +356,28 @@ class _ScoreTokens(torch.autograd.Function):
             log_probs[here] = logits.gather(-1, targets[here, None])[:, 0] - total.log()
             entropy[here] = total.log() - torch.linalg.vecdot(p, logits) / total
             normaliser[here] = largest + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+            if reference:
+                gap = logits.sub_(next(theirs)[1].log_softmax(-1))
+                kl[here] = torch.linalg.vecdot(p, gap) / total - total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kl, *reference)
         ctx.temperature, ctx.vocabulary = temperature, vocabulary
         ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        return (log_probs, entropy, kl) if reference else (log_probs, entropy)
 
     @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+    def backward(ctx, grad, _, grad_kl=None):
+        hidden, weight, bias, targets, normaliser, kl, *reference = ctx.saved_tensors
         temperature, vocabulary = ctx.temperature, ctx.vocabulary
+        theirs = _logits_by_chunk(*reference, temperature, vocabulary, grad.dtype) if reference else None
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         for here, logits in _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, grad.dtype):
             scale = grad[here, None] / temperature
-            of_logits = logits.sub_(normaliser[here, None]).exp_().mul_(-scale)  # d log-prob = one-hot - softmax
+            pull, logits = -scale, logits.sub_(normaliser[here, None])  # d log-prob = one-hot - softmax
+            if reference:  # d KL = softmax x (log-ratio - KL)
+                log_ratio = logits - next(theirs)[1].log_softmax(-1)
+                pull = log_ratio.sub_(kl[here, None]).mul_(grad_kl[here, None] / temperature).sub_(scale)
+            of_logits = logits.exp_().mul_(pull)
             of_logits = of_logits.scatter_add_(-1, targets[here, None], scale).to(hidden.dtype)
             torch.mm(of_logits, weight[:vocabulary], out=of_hidden[here])
             if of_weight.dtype == hidden.dtype:
@@ -371,7 +387,7 @@ class _ScoreTokens(torch.autograd.Function):
             if bias is not None:
                 of_bias[:vocabulary] += of_logits.sum(0)
         of_bias = None if bias is None else of_bias.to(bias.dtype)
-        return of_hidden, of_weight.to(weight.dtype), of_bias, None, None, None
+        return of_hidden, of_weight.to(weight.dtype), of_bias, *[None] * (3 + len(reference))
 
 
 def _logits_by_chunk(hidden, weight, bias, temperature, vocabulary, dtype):
@@ -440,15 +456,27 @@ def _states_of_groups(self, tokens, attention_mask, response_length):
     return torch.cat(states), torch.cat(rows), torch.cat(steps)
 
 
-def _token_log_probs(self, tokens, attention_mask, response_length, temperature):
+def _response_states(self, tokens, attention_mask, response_length):
+    """(state before each response token [N, H], the token's row and step [N], weight and bias of the head)."""
     states_of = _states_of_packed_rows if self.packs_rows else _states_of_rows
     if shares_prompts(self):
         states_of = _states_of_groups
     self.train(self.recomputes and torch.is_grad_enabled())  # transformers recomputes in training mode alone
     hidden, rows, steps = states_of(self, tokens, attention_mask, response_length)
     self.eval()  # dropout is 0 in both modes, but generate would go without a cache in the other one
-    head, targets = self.get_output_embeddings(), tokens[:, -response_length:][rows, steps]
-    scores = _ScoreTokens.apply(hidden, head.weight, head.bias, targets, temperature, self.vocabulary)
+    head = self.get_output_embeddings()
+    return hidden, rows, steps, head.weight, head.bias
+
+
+def _token_log_probs(self, tokens, attention_mask, response_length, temperature, reference):
+    hidden, rows, steps, *head = _response_states(self, tokens, attention_mask, response_length)
+    if reference:  # whose pass may have gone through the tokens in another order
+        states, their_rows, their_steps, *their_head = reference
+        place = torch.empty(len(tokens), response_length, dtype=torch.long, device=tokens.device)
+        place[their_rows, their_steps] = torch.arange(len(states), device=tokens.device)
+        reference = (states[place[rows, steps]], *their_head)
+    targets = tokens[:, -response_length:][rows, steps]
+    scores = _ScoreTokens.apply(hidden, *head, targets, temperature, self.vocabulary, *reference)
     places = scores[0].new_zeros(len(tokens), response_length)
     return tuple(places.index_put((rows, steps), score) for score in scores)
 
@@ -462,15 +490,20 @@ def shares_prompts(model) -> bool:
 
 
 def token_log_probs(
-    model, tokens: torch.Tensor, attention_mask: torch.Tensor, response_length: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model, tokens: torch.Tensor, attention_mask: torch.Tensor, response_length: int, temperature: float, reference=None
+) -> tuple[torch.Tensor, ...]:
     """Log-prob of each of the last `response_length` tokens, and the entropy of the distribution it was drawn from.
 
     tokens, attention_mask [B, S] (prompts left-padded, responses right-padded) -> log_probs, entropy [B, T] in nats,
     fp32 at least, of softmax(logits / temperature); entropy carries no gradient; 0 at padding. The head is applied to
     response tokens only and to LOGITS_AT_ONCE logits at a time, so that [B, T, V] never exists, in neither direction.
+    With a frozen `reference` model, also the exact KL(model || reference) of the two distributions [B, T].
     """
-    return model.token_log_probs(tokens, attention_mask, response_length, temperature)
+    states = ()
+    if reference is not None:  # sharded, its head stays gathered after this pass, for the backward pass to use
+        with torch.no_grad():
+            states = reference.response_states(tokens, attention_mask, response_length)
+    return model.token_log_probs(tokens, attention_mask, response_length, temperature, states)
 
 
 def micro_batches(rollout, tokens: int, share: bool) -> list[torch.Tensor]:
@@ -501,8 +534,8 @@ def micro_batches(rollout, tokens: int, share: bool) -> list[torch.Tensor]:
     return [torch.tensor(rows, dtype=torch.long) for rows in lists]
 
 
-def scored_micro_batches(model, rollout, temperature: float, tokens: int):
-    """`token_log_probs` of this rank's share of a Rollout, by micro-batch: yields (rows, log_probs, entropy).
+def scored_micro_batches(model, rollout, temperature: float, tokens: int, reference=None):
+    """`token_log_probs` of this rank's share of a Rollout, by micro-batch: yields (rows, log_probs, entropy[, KL]).
 
     Only the first T columns of a micro-batch exist, T being its longest response: index other [B, T] tensors with
     `x[rows, : log_probs.shape[1]]`. One micro-batch's graph can be freed before the next is built. An empty micro-batch
@@ -511,8 +544,10 @@ def scored_micro_batches(model, rollout, temperature: float, tokens: int):
     for rows in micro_batches(rollout, tokens, shares_prompts(model))[rank() :: world_size()]:
         part = rollout.pick(rows if len(rows) else torch.tensor([0]))
         ids, attention_mask = (x.to(model.compute_device) for x in (part.tokens, part.attention_mask))
-        scores = token_log_probs(model, ids, attention_mask, part.mask.shape[1], temperature)
+        scores = token_log_probs(model, ids, attention_mask, part.mask.shape[1], temperature, reference)
         yield rows, *(score[: len(rows)] for score in scores)
+    if isinstance(reference, FSDPModule):
+        reference.reshard()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ Every function leaves its inputs as they are and computes in fp32 at least (half
 float64). Masked entries are removed with `where`: multiplying by a zero mask would let NaN and inf through.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class AlgorithmConfig:
     clip_high: float = 0.2  # ... and below 1 + clip_high
     loss_weights: str = "seq-mean-token-mean"  # how tokens are averaged: a mode of token_weights
     keep_accuracy: tuple[float, float] = (0.0, 1.0)  # update on groups whose mean reward lies in [low, high]
+    kl_coef: float = 0.0  # adds kl_coef x KL(policy || reference) per token to the loss; negative: a bonus
+    kl_estimator: str = "exact"  # exact: over the whole vocabulary; of the sampled token: a name in KL_ESTIMATORS
     line_end: str = "\n"  # text that ends a line, the step of spro_line; ";" in the chain task
 
     def __post_init__(self):
@@ -43,6 +46,10 @@ class AlgorithmConfig:
             raise ValueError("clip_low must lie in (0, 1) and clip_high above 0")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"keep_accuracy=[{low}, {high}] must hold 0 <= low <= high <= 1")
+        if not math.isfinite(self.kl_coef):
+            raise ValueError(f"kl_coef={self.kl_coef} is not a finite number")
+        if self.kl_estimator not in ("exact", *KL_ESTIMATORS):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r}: choose one of exact, {', '.join(KL_ESTIMATORS)}")
         if not self.line_end:
             raise ValueError("line_end is empty: give the text that ends a line")
 
@@ -415,3 +422,20 @@ def policy_loss(
             "ratio/max": torch.cat([ratio[live], ratio.new_zeros(1)]).max(),  # of no tokens: 0
         }
     return loss, stats
+
+
+KL_ESTIMATORS = {  # of KL(policy || reference), from d = log policy - log reference of the sampled token
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: (-d).clamp(max=MAX_LOG_RATIO).exp() - 1 + d,
+}
+
+
+def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, mask: torch.Tensor, name: str) -> torch.Tensor:
+    """The estimator `name` of each token's KL to the reference; 0 where masked. [B, T] -> [B, T].
+
+    On-policy k1 and k3 have the KL as their mean, k3 with less variance. Gradients flow through `log_probs`, and theirs
+    are another matter: in expectation k1's is 0, k2's the KL's, and k3's that of KL(reference || policy).
+    """
+    d = _at_least_fp32(log_probs) - _at_least_fp32(ref_log_probs.detach())
+    return KL_ESTIMATORS[name](torch.where(mask, d, 0.0))

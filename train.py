@@ -48,7 +48,17 @@ from prime import PrimeConfig
 from reward import RewardConfig, configure, grade, shaped_rewards
 from run import BadInput, RunStopped, say
 from sample import Rollout, SampleConfig, context_left, dump_rollout, line_ids, sample
-from spro import ADVANTAGES, BY_LINE, NEEDS_PRM, OUTCOME_ONLY, AlgorithmConfig, keep_groups, policy_loss, token_weights
+from spro import (
+    ADVANTAGES,
+    BY_LINE,
+    NEEDS_PRM,
+    OUTCOME_ONLY,
+    AlgorithmConfig,
+    keep_groups,
+    kl_estimate,
+    policy_loss,
+    token_weights,
+)
 
 
 @dataclass
@@ -69,6 +79,7 @@ class TrainConfig:
     save_every: int = 20  # checkpoints: every this many steps, at the last step, and when the run is told to stop
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted once a new one is complete
     timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands
+    diagnose_every: int = 0  # compare the gradients of outcome and step term every this many steps; 0: never
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
@@ -77,7 +88,7 @@ class TrainConfig:
         require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_tokens", "epochs")
         require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every")
         require_at_least(0, self, "warmup_steps", "warm_start_clean_steps", "warm_start_noisy_steps", "weight_decay")
-        require_at_least(0, self, "max_refills")
+        require_at_least(0, self, "max_refills", "diagnose_every")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={self.schedule!r}: choose constant, linear or cosine")
         if self.old_log_probs not in ("recompute", "sampler"):
@@ -129,7 +140,8 @@ class Config:
 
     @property
     def needs_reference(self) -> bool:
-        return self.algorithm.beta != 0 and self.algorithm.advantage not in OUTCOME_ONLY
+        a = self.algorithm
+        return a.kl_coef != 0 or (a.beta != 0 and a.advantage not in OUTCOME_ONLY)
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -184,27 +196,71 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
     return {**sums, **maxima, "grad_norm": norm}
 
 
-def policy_losses(policy, config: Config, rollout: Rollout, old_log_probs, advantages) -> Iterator:
-    """The (loss, stats) of each micro-batch of one optimizer step. Every token's weight is fixed before the first."""
+def policy_losses(
+    policy, config: Config, rollout: Rollout, old_log_probs, advantages, ref_log_probs=None, reference=None
+) -> Iterator:
+    """The (loss, stats) of each micro-batch of one optimizer step. Every token's weight is fixed before the first.
+
+    The KL term needs `ref_log_probs` [B, T] for its estimators, or the `reference` itself if it is to be exact.
+    """
     mask, a, s, budget = rollout.mask, config.algorithm, config.sample, config.train.micro_batch_tokens
     weights = token_weights(mask, len(rollout), int(mask.sum()), a.loss_weights, s.max_new_tokens)
     total = weights.sum()
-    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, s.temperature, budget):
-        constants = [x[rows, : log_probs.shape[1]].to(log_probs.device) for x in (old_log_probs, advantages, weights)]
-        loss, stats = policy_loss(log_probs, *constants, a.clip_low, a.clip_high)
+    per_token = [x for x in (old_log_probs, advantages, weights, ref_log_probs) if x is not None]
+    compared = reference if a.kl_coef and a.kl_estimator == "exact" else None
+    for rows, log_probs, _, *kl in model.scored_micro_batches(policy, rollout, s.temperature, budget, compared):
+        old, A, weight, *ref = (x[rows, : log_probs.shape[1]].to(log_probs.device) for x in per_token)
+        loss, stats = policy_loss(log_probs, old, A, weight, a.clip_low, a.clip_high)
+        if a.kl_coef:
+            kl = kl[0] if kl else kl_estimate(log_probs, *ref, weight != 0, a.kl_estimator)
+            kl = (weight.to(kl.dtype) * kl).sum()
+            loss, stats["kl/loss"] = loss + a.kl_coef * kl, kl.detach()
         stats = {key: value if key in MAXIMA else value / total for key, value in stats.items()}
         if config.train.old_log_probs == "sampler":
-            gaps = (log_probs.detach() - constants[0]).abs()
+            gaps = (log_probs.detach() - old).abs()
             stats["sampler_gap"] = gaps.max() if len(rows) else gaps.sum()
         yield loss, stats
+
+
+def likelihood_losses(policy, rollout: Rollout, weights, temperature: float, micro_batch_tokens: int) -> Iterator:
+    """The (loss, stats) of each micro-batch of `-sum(weights x log-probs)`; weights [B, T]."""
+    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, temperature, micro_batch_tokens):
+        weight = weights[rows, : log_probs.shape[1]].to(log_probs)
+        yield -(weight * torch.where(weight != 0, log_probs, 0.0)).sum(), {}
 
 
 def imitation_losses(policy, rollout: Rollout, micro_batch_tokens: int) -> Iterator:
     """The (loss, stats) of each micro-batch of one supervised step: cross-entropy per token of the demonstrations."""
     weights = token_weights(rollout.mask, len(rollout), int(rollout.mask.sum()), "token-mean")
-    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, 1.0, micro_batch_tokens):
-        weight = weights[rows, : log_probs.shape[1]].to(log_probs)
-        yield -(weight * torch.where(weight > 0, log_probs, 0.0)).sum(), {}
+    return likelihood_losses(policy, rollout, weights, 1.0, micro_batch_tokens)
+
+
+def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_term) -> dict[str, float]:
+    """How the two halves of Eq. 13 push: cosine of their gradients, and the ratio of their norms, |step| / |outcome|.
+
+    outcome, step_term [B, T]. Gradients of the surrogate at ratio 1 with the update's weights, over the whole rollout;
+    {} where one of them is 0 or not finite. Changes nothing; a second gradient is held meanwhile.
+    """
+    if not (outcome.any() and step_term.any()):
+        return {}
+    mask, s, gradients = rollout.mask, config.sample, []
+    weights = token_weights(mask, len(rollout), int(mask.sum()), config.algorithm.loss_weights, s.max_new_tokens)
+    for term in (outcome, step_term):
+        losses = likelihood_losses(policy, rollout, weights * term, s.temperature, config.train.micro_batch_tokens)
+        for loss, _ in losses:
+            loss.backward()
+        whole = (p.grad for p in policy.parameters() if p.grad is not None)
+        gradients.append([g.to_local() if isinstance(g, DTensor) else g for g in whole])
+        policy.zero_grad(set_to_none=True)
+    # Each rank adds up its shards. Replicas count alike in all three sums, and so does FSDP's averaging: both cancel.
+    a, b = gradients
+    dots = [
+        sum((x.double() * y.double()).sum() for x, y in zip(*pair, strict=True)) for pair in ((a, a), (b, b), (a, b))
+    ]
+    aa, bb, ab = run.all_reduce(torch.stack(dots).cpu()).tolist()
+    if not 0 < aa * bb < math.inf:
+        return {}
+    return {"gradient/cosine": ab / math.sqrt(aa * bb), "gradient/norm_ratio": math.sqrt(bb / aa)}
 
 
 def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Path) -> None:
@@ -431,10 +487,13 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
         outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
 
         # 5. Update.
+        due = t.diagnose_every and step % t.diagnose_every == 0
+        diagnosis = compare_gradients(policy, config, learned, outcome, advantages - outcome) if due else {}
         with timed(seconds, "time/update"):
             lr, updates = learning_rate(step, t.steps, t.learning_rate, t.warmup_steps, t.schedule), []
             for chosen in batches:
-                losses = policy_losses(policy, config, learned.at(chosen), old_log_probs[chosen], advantages[chosen])
+                constants = (x[chosen] for x in (old_log_probs, advantages, ref_log_probs))
+                losses = policy_losses(policy, config, learned.at(chosen), *constants, reference)
                 updates.append(optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses))
                 check_refused(state, updates[-1], step)
 
@@ -448,6 +507,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             **token_metrics(learned, old_log_probs, ref_log_probs, entropy, outcome, advantages, reference is not None),
             **update_metrics(updates),
             **prm_metrics,
+            **diagnosis,
             "lr": lr,
             **seconds,
             "tokens_per_second": int(rollout.mask.sum()) / seconds["time/step"],

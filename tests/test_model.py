@@ -95,6 +95,46 @@ def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, m
     torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_the_exact_kl_and_its_gradient_are_those_of_whole_logits_and_never_hold_them(
+    kind, rows, rollout, monkeypatch, tmp_path
+):
+    """gpt2 computes everything in double; qwen2's norms are fp32."""
+    policy, reference = any_model(kind, tmp_path / "a").double(), any_model(kind, tmp_path / "b").double()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    T, monkey = rollout.mask.shape[1], monkeypatch.setattr
+    monkey(model_module, "LOGITS_AT_ONCE", rows * V + 5)
+    weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0)).double() * rollout.mask
+
+    def gradient(log_probs, kl):
+        policy.zero_grad()
+        (weights[0] * log_probs + weights[1] * kl).sum().backward()
+        return [p.grad.clone() for p in policy.parameters()]
+
+    frozen(reference)
+    reference.divisible_cache = False  # another order of tokens than the policy's
+    batch = (rollout.tokens, rollout.attention_mask, T)
+    with LargestLogits() as largest:
+        log_probs, _, kl = token_log_probs(policy, *batch, 0.7, reference)
+        found = gradient(log_probs, kl)
+    assert largest.elements <= rows * V
+    assert all(x.equal(y) for x, y in zip((log_probs, _), token_log_probs(policy, *batch, 0.7), strict=True))
+    positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
+    p, q = (
+        m(rollout.tokens, attention_mask=rollout.attention_mask, position_ids=positions).logits[:, -T - 1 : -1] / 0.7
+        for m in (policy, reference)
+    )
+    p, q = p.log_softmax(2), q.log_softmax(2)
+    expected = torch.where(rollout.mask, (p.exp() * (p - q)).sum(2), 0.0)
+    whole = gradient(p.gather(2, rollout.tokens[:, -T:, None])[:, :, 0], expected)
+    tolerance = 1e-9 if kind == "gpt2" else 1e-4
+    assert expected.max() > 0.01 and not kl[~rollout.mask].any()
+    torch.testing.assert_close([kl, *found], [expected, *whole], atol=tolerance, rtol=tolerance)
+
+
 @kinds
 def test_gradient_checkpointing_changes_nothing(kind, rollout, tmp_path):
     model = any_model(kind, tmp_path)  # gpt2 and opt come with dropout, which must be off in every mode

@@ -56,13 +56,21 @@ def gradients(layout: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
             found[name] = whole.clone()
         return torch.tensor(1.0)
 
-    config = train.Config()
+    config, constants = train.Config(), (old_log_probs, advantages, old_log_probs - 0.5)
     config.train.micro_batch_tokens = micro_batch_tokens
-    losses = train.policy_losses(policy, config, rollout, old_log_probs, advantages)
+    reference = model.frozen(tiny_model(seed=1).double())
+    reference = model.shard(reference, LAYOUTS[layout], torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_nothing)
-        stats = train.optimizer_step(policy, train.make_optimizer(policy, config.train), 0.0, 1.0, losses)
-    found |= {f"stat {key}": torch.tensor(value, dtype=torch.float64) for key, value in stats.items()}
+        for config.algorithm.kl_coef, config.algorithm.kl_estimator in ((0.0, "exact"), (0.3, "exact"), (0.3, "k3")):
+            term = f"{config.algorithm.kl_coef} {config.algorithm.kl_estimator}"
+            losses = train.policy_losses(policy, config, rollout, *constants, reference)
+            stats = train.optimizer_step(policy, train.make_optimizer(policy, config.train), 0.0, 1.0, losses)
+            found |= {f"{term} {name}": found.pop(name) for name, _ in policy.named_parameters()}
+            found |= {f"{term} {key}": torch.tensor(value, dtype=torch.float64) for key, value in stats.items()}
+    terms = advantages.masked_fill(~rollout.mask, 0), advantages.roll(1, 0).masked_fill(~rollout.mask, 0)
+    compared = train.compare_gradients(policy, config, rollout, *terms)
+    found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in compared.items()}
     found |= {"sampled tokens": sampled.tokens, "sampled mask": sampled.mask, "log-probs": log_probs}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -92,6 +100,7 @@ def of_ranks(tmp_path_factory):
 @pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
 def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layout, micro_batch_tokens, one, of_ranks):
     lengths = one["sampled mask"].sum(1)
+    assert {"gradient/cosine", "gradient/norm_ratio", "0.3 exact kl/loss"} < one.keys()
     assert lengths[:3].max() != lengths[3:].max()  # one process has sampled its rows before the other has
     for rank in range(2):
         two = load_file(of_ranks / f"{layout}, {micro_batch_tokens}, rank {rank}")
@@ -105,7 +114,14 @@ def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layo
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
-LOSS_LIKE = ("loss", "kl/", "grad_norm", "clip_fraction", "advantage/step_abs")  # differences of almost equal numbers
+LOSS_LIKE = (
+    "loss",
+    "kl/",
+    "grad_norm",
+    "clip_fraction",
+    "advantage/step_abs",
+    "gradient/",
+)  # differences of almost equal numbers
 COUNTED = ("step", "reward/", "groups/", "response_length/", "eval/", "updates/")
 
 
@@ -170,6 +186,15 @@ def test_a_checkpoint_of_one_process_goes_on_on_two(alone, warm, tmp_path):
 def test_recomputing_activations_changes_no_metric(alone, warm, tmp_path):
     finished(tmp_path / "run", warm, "model.gradient_checkpointing=true", ranks=2)
     assert_alike(chaos.metrics(alone), chaos.metrics(tmp_path / "run"))
+
+
+def test_a_kl_term_and_compared_gradients_are_those_of_one_process(warm, tmp_path):
+    extras = ("algorithm.kl_coef=0.05", "train.diagnose_every=2", "train.steps=4")
+    for ranks in (1, 2):
+        finished(tmp_path / str(ranks), warm, *extras, ranks=ranks)
+    one, two = (chaos.metrics(tmp_path / name) for name in "12")
+    assert_alike(one, two)
+    assert all("kl/loss" in row for row in one[1:]) and {"gradient/cosine", "gradient/norm_ratio"} <= one[4].keys()
 
 
 def test_two_nodes_that_each_hold_a_copy_train_as_one_process_does(alone, warm, tmp_path):

@@ -294,7 +294,7 @@ def test_resuming_with_another_config_names_both_values(tmp_path):
 def test_a_resumed_run_may_change_what_does_not_touch_its_past(tmp_path):
     folder = opened(tmp_path / "run")
     free = ["train.steps=99", "train.save_every=3", "train.keep_checkpoints=7", "train.dump_every=2", "eval.every=4"]
-    opened(folder, "resume=true", "train.timeout_minutes=5", "eval.prompts=3", *free)
+    opened(folder, "resume=true", "train.timeout_minutes=5", "train.diagnose_every=2", "eval.prompts=3", *free)
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 99
 
 

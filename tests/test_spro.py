@@ -62,6 +62,9 @@ CALLS = {
     "token_weights": lambda b: spro.token_weights(b.mask, 12, int(b.mask.sum()), "seq-mean-token-mean"),
     "keep_groups": lambda b: spro.keep_groups(b.rewards, G, 0.4, 0.6).double(),
     "policy_loss": policy_loss,
+    "kl_estimate": lambda b: torch.stack([spro.kl_estimate(b.pi, b.ref, b.mask, k) for k in spro.KL_ESTIMATORS], 2).sum(
+        2
+    ),
     **{spro.ADVANTAGES[n].__name__: lambda b, n=n: estimate(n, b) for n in ESTIMATORS},
     **{f"{n} by line": lambda b, n=n: estimate(n, b, ids=b.ids) for n in ESTIMATORS},
 }
@@ -328,6 +331,7 @@ def test_wrong_group_sizes_weight_modes_and_configs_raise():
     for mode, message in (("mean", "token-mean"), ("seq-mean-token-sum-norm", "max_tokens")):
         calls += [(message, lambda mode=mode: spro.token_weights(b.mask, 12, 50, mode))]
     wrong = {"advantage": ["?"], "loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0], "line_end": [""]}
+    wrong |= {"kl_coef": [math.nan, math.inf], "kl_estimator": ["k4"]}
     wrong["keep_accuracy"] = [(-0.1, 1), (0, 1.1), (0.6, 0.4)]
     for key, value in ((key, value) for key, values in wrong.items() for value in values):
         calls += [(key, lambda key=key, value=value: spro.AlgorithmConfig(**{key: value}))]
@@ -493,6 +497,47 @@ def test_the_sum_over_the_past_adds_variance_and_no_gradient(group_size):
     assert alone["spro"] > 1.1 * alone["spro_local"] and alone["spro_history"] > 0
 
 
+def test_kl_estimates_are_those_of_the_scalar_formulas_and_finite_at_any_log_ratio():
+    b = make_batch()
+    formulas = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
+    assert formulas.keys() == spro.KL_ESTIMATORS.keys()
+    for name, formula in formulas.items():
+        expected = padded([[formula(d) for d in row] for row in ragged(b.pi - b.ref, b.mask)])
+        assert_equal(spro.kl_estimate(b.pi, b.ref, b.mask, name), expected)
+        far = torch.tensor([[-200.0, 200.0]]).requires_grad_()
+        kl = spro.kl_estimate(far, torch.zeros(1, 2), torch.ones(1, 2).bool(), name)
+        assert kl.isfinite().all() and torch.autograd.grad(kl.sum(), far)[0].isfinite().all()
+
+
+def test_kl_estimates_have_the_values_and_the_gradients_in_expectation_that_their_docstring_says():
+    g = torch.Generator().manual_seed(0)
+    theta, q = (
+        torch.randn(5, generator=g).double().requires_grad_(),
+        torch.randn(5, generator=g).double().log_softmax(0),
+    )
+
+    p = theta.log_softmax(0)
+    kl, reverse = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
+    of_kl, of_reverse = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (kl, reverse))
+    gradients = {"k1": torch.zeros(5).double(), "k2": of_kl, "k3": of_reverse}
+    for name, gradient in gradients.items():
+        estimates = spro.kl_estimate(theta.log_softmax(0)[None], q[None], torch.ones(1, 5).bool(), name)[0]
+        probabilities = theta.detach().softmax(0)  # of the samples, which carry no gradient
+        assert_equal(torch.autograd.grad((probabilities * estimates).sum(), theta)[0], gradient)
+        if name != "k2":
+            assert_equal((probabilities * estimates).sum(), kl)
+
+
+def test_a_kl_bonus_on_grpo_is_spro_local_in_expectation():
+    """kl_coef = -beta (G - 1) / G, exact, gives GRPO the expected gradient of spro_local: on-policy, fixed length."""
+    policy, kl_coef = Tabular(3), -BETA * 2 / 3
+    pi, ref = (x.log_softmax(1)[policy.state] for x in (policy.theta, policy.ref_theta))
+    exact = (pi.exp() * (pi - ref)).sum(2)  # [B, T], where the states are those of the sampled responses
+    bonus = -(policy.prob[:, None] * kl_coef * exact).sum()
+    grpo = policy.expected_gradient(spro.grpo_advantage) + torch.autograd.grad(bonus, policy.theta)[0]
+    assert_equal(grpo, policy.expected_gradient(spro.spro_local_advantage), 1e-10)
+
+
 @pytest.mark.parametrize("mode", spro.WEIGHT_MODES)
 def test_token_weights_match_their_averages_however_the_step_is_split(mode):
     b = make_batch()
@@ -576,7 +621,7 @@ def test_the_core_imports_torch_alone_and_every_public_function_is_in_calls():
     nodes = list(ast.walk(ast.parse(Path(spro.__file__).read_text())))
     imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert "torch" in imported and imported <= {"torch", "dataclasses", "typing"}
+    assert "torch" in imported and imported <= {"torch", "dataclasses", "math", "typing"}
     assert {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.name[0] != "_"} <= set(CALLS)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers import any_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
@@ -191,6 +192,99 @@ def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode, 
     for tokens in (1, 24, 60):
         for rows in (torch.arange(10), torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])):
             assert torch.allclose(gradient(tokens, rows), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
+def test_the_kl_term_adds_its_weighted_mean_to_the_loss_however_the_step_is_split(estimator, tmp_path):
+    policy, reference = (any_model("gpt2", tmp_path / name).double() for name in "ab")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.8)
+    rollout = hand_made_rollout([5, 1, 9, 3, 9, 2], [3, 6, 2, 5, 4, 3])
+    mask, T, parameters = rollout.mask, rollout.mask.shape[1], list(policy.parameters())
+    batch = (rollout.tokens, rollout.attention_mask, T, 1.0)
+    old, ref = (model.token_log_probs(m, *batch)[0].detach() for m in (policy, reference))
+    advantages = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=mask.shape))
+
+    def gradient(kl_coef, tokens):
+        config = train.Config()
+        config.algorithm.kl_coef, config.algorithm.kl_estimator = kl_coef, estimator
+        config.train.micro_batch_tokens, sums = tokens, {"loss": 0.0}
+        policy.zero_grad()
+        for loss, stats in train.policy_losses(policy, config, rollout, old, advantages, ref, reference):
+            loss.backward()
+            sums = {key: sums.get(key, 0.0) + value.item() for key, value in {"loss": loss, **stats}.items()}
+        return torch.cat([p.grad.flatten() for p in parameters]), sums
+
+    positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
+    p, q = (
+        m(rollout.tokens, attention_mask=rollout.attention_mask, position_ids=positions).logits[:, -T - 1 : -1]
+        for m in (policy, reference)
+    )
+    p, q = p.log_softmax(2), q.log_softmax(2).detach()
+    d = (p - q).gather(2, rollout.tokens[:, -T:, None])[:, :, 0]
+    formulas = {"exact": (p.exp() * (p - q)).sum(2), "k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}
+    mean = (formulas[estimator] * mask / mask.sum(1, keepdim=True)).sum() / len(rollout)
+    kl = torch.cat([g.flatten() for g in torch.autograd.grad(mean, parameters)])
+    without, sums = gradient(0.0, 1000)
+    assert "kl/loss" not in sums and kl.abs().max() > 1e-3
+    for tokens in (1, 30, 1000):
+        found, found_sums = gradient(-0.7, tokens)
+        torch.testing.assert_close(found, without - 0.7 * kl, atol=1e-9, rtol=1e-9)
+        assert found_sums["kl/loss"] == pytest.approx(mean.item(), abs=1e-10)
+        assert found_sums["loss"] == pytest.approx(sums["loss"] - 0.7 * mean.item(), abs=1e-10)
+
+
+def test_compared_gradients_are_those_of_a_plain_sum_and_nothing_is_left_behind(tmp_path):
+    policy = any_model("gpt2", tmp_path).double()
+    rollout = hand_made_rollout([5, 1, 9, 3, 9, 2], [3, 6, 2, 5, 4, 3])
+    mask, T, parameters = rollout.mask, rollout.mask.shape[1], list(policy.parameters())
+    noise = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=(2, *mask.shape)))
+    outcome, step_term = noise[0] * mask, (noise[0] + 3 * noise[1]) * mask
+    log_probs, _ = model.token_log_probs(policy, rollout.tokens, rollout.attention_mask, T, 1.0)
+    a, b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(surrogate, parameters, retain_graph=True)])
+        for surrogate in ((log_probs * A / mask.sum(1, keepdim=True)).sum() for A in (outcome, step_term))
+    )
+    for tokens in (1, 1000):
+        config = train.Config(train=train.TrainConfig(micro_batch_tokens=tokens))
+        found = train.compare_gradients(policy, config, rollout, outcome, step_term)
+        assert found["gradient/cosine"] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-9)
+        assert found["gradient/norm_ratio"] == pytest.approx((b.norm() / a.norm()).item(), rel=1e-9)
+        assert all(p.grad is None for p in parameters)
+    assert train.compare_gradients(policy, config, rollout, outcome, 0 * step_term) == {}
+    assert train.compare_gradients(policy, config, rollout, 0 * outcome, step_term) == {}
+
+
+def test_diagnosing_changes_nothing_but_its_own_metrics(tiny_run, tmp_path):
+    start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
+    runs, keys = {}, {"gradient/cosine", "gradient/norm_ratio"}
+    for every in (0, 2):
+        folder = tmp_path / str(every)
+        short = ("train.steps=4", "eval.prompts=8", f"train.diagnose_every={every}", f"run_dir={folder}")
+        done = launch(ROOT / "configs" / "tiny.yaml", start, *short)
+        assert done.returncode == 0, done.stderr
+        runs[every] = metrics(folder)
+    rows = [{key: value for key, value in row.items() if key not in keys} for row in runs[2]]
+    assert rows == runs[0]
+    assert [row["step"] for row in runs[2] if keys <= row.keys()] == [2, 4]
+    assert all(-1 <= row["gradient/cosine"] <= 1 for row in runs[2] if "gradient/cosine" in row)
+    saved = [sorted((tmp_path / name / "checkpoints").rglob("*.safetensors")) for name in "02"]
+    for one, two in zip(*saved, strict=True):  # weights and moments; the order inside of a file is not fixed
+        one, two = load_file(one), load_file(two)
+        assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    assert len(saved[0]) == 2
+
+
+def test_grpo_with_a_kl_term_loads_a_reference_and_says_what_entered_the_loss(tiny_run, tmp_path):
+    start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
+    grpo = ("algorithm.advantage=grpo", "algorithm.kl_coef=0.1", "train.steps=3", "eval.prompts=8")
+    done = launch(ROOT / "configs" / "tiny.yaml", start, *grpo, f"run_dir={tmp_path / 'kl'}")
+    assert done.returncode == 0 and "grpo, kl_coef 0.1 (exact)" in done.stdout, done.stderr
+    rows = metrics(tmp_path / "kl")[1:]
+    assert rows[0]["kl/loss"] == pytest.approx(0, abs=1e-6) and rows[2]["kl/loss"] > 1e-6
+    assert all({"kl/loss", "kl/ref"} <= row.keys() for row in rows)
+    assert "kl/loss" not in metrics(tiny_run[0])[-1]
 
 
 def tiny_policy():
