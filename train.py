@@ -476,14 +476,14 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
         # 4. Advantage.
         batches = mini_batches(len(learned), config, step)
         if config.needs_prm:
-            judged, first_pass = (learned, scores[rows], ref_log_probs), batches[: len(batches) // t.epochs]
-            scorer, prm_metrics = prime.score_and_learn(*trained["prm"], optimizer_step, config, *judged, first_pass)
+            judged = (learned, scores[rows], ref_log_probs, batches[: len(batches) // t.epochs])  # each row once
+            process_log_probs, prm_metrics = prime.score_and_learn(*trained["prm"], optimizer_step, config, *judged)
         else:
-            scorer, prm_metrics = old_log_probs, {}  # the policy itself says what each token was worth
+            process_log_probs, prm_metrics = old_log_probs, {}  # the policy itself says what each token was worth
         responses, by_line = learned.tokens[:, -learned.mask.shape[1] :], a.advantage in BY_LINE
         step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
         group = (learned.mask, s.group_size, a.beta, step_ids)
-        advantages = advantage_of(rewards[rows], scorer, ref_log_probs, *group)
+        advantages = advantage_of(rewards[rows], process_log_probs, ref_log_probs, *group)
         outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
 
         # 5. Update.
@@ -517,7 +517,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
         if step % t.dump_every == 0 or step in (1, t.steps):
             per_token = {"log_prob": old_log_probs, "entropy": entropy, "advantage": advantages}
             per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
-            per_token |= {"prm_log_prob": scorer} if config.needs_prm else {}
+            per_token |= {"prm_log_prob": process_log_probs} if config.needs_prm else {}
             file = folder / "samples" / f"step_{step:06d}.jsonl"
             dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rows, per_token)
 

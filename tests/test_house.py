@@ -22,8 +22,11 @@ SOURCES = {file.stem: ast.parse(file.read_text()) for file in ROOT.glob("*.py")}
 GOLDEN = [json.loads(line) for line in (ROOT / "tests" / "golden" / "tiny.jsonl").read_text().splitlines()][1:]
 MEASURED = {f"time/{stage}" for stage in ("sample", "reward", "log_probs", "update", "step", "verdict_max")}
 MEASURED |= {"tokens_per_second", "memory/peak_gib"}
-
-OPTIONAL = {"kl/loss", "gradient/cosine", "gradient/norm_ratio"}  # keys that the golden run's config does not compute
+OPTIONAL = {  # keys that the golden run's config does not compute
+    *("prm/loss", "prm/ranking_accuracy", "prm/grad_norm", "time/prm"),  # with PRIME
+    "groups/sampled",  # with train.max_refills
+    *("kl/loss", "gradient/cosine", "gradient/norm_ratio"),  # with algorithm.kl_coef, train.diagnose_every
+}
 
 
 def test_the_seven_stages_stand_in_the_loop_once_and_in_order():
@@ -63,7 +66,8 @@ def test_training_needs_the_six_packages_alone():
         "numpy",
         "tqdm",
         "yaml",
-        *("sympy", "latex2sympy2_extended", "reasoning_gym", "matplotlib"),  # where they are needed: requirements-extra.txt
+        # Where they are needed: requirements-extra.txt.
+        *("sympy", "latex2sympy2_extended", "reasoning_gym", "matplotlib"),
     }  # transformers brings tokenizers
 
 
@@ -103,7 +107,9 @@ def test_the_readme_names_only_files_keys_and_flags_that_exist():
     for path in re.findall(r"(?<![\w/])((?:configs|tests|docs)/[\w./]+\.\w+)", README):
         assert (ROOT / path).exists(), path
     known = set(run.all_keys(train.Config))
-    for key in re.findall(r"(?<![\w./])((?:model|data|sample|reward|algorithm|train|eval)\.\w+)(?==|`|:)", README):
+    for key in re.findall(
+        r"(?<![\w./])((?:model|data|sample|reward|algorithm|prime|train|eval)\.\w+)(?==|`|:)", README
+    ):
         assert key in known or (ROOT / f"{key}").exists() or key.endswith((".from_pretrained", ".py")), key
     for script in ("sample", "eval", "reward"):
         assert f"python {script}.py" in (ROOT / f"{script}.py").read_text()
