@@ -418,7 +418,7 @@ def train(
             per_token = {"log_prob": old_log_probs, "entropy": entropy, "advantage": advantages}
             per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
             file = folder / "samples" / f"step_{step:06d}.jsonl"
-            dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rows, per_token)
+            dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rewards, rows, per_token)
 
         # 7. Evaluate and save.
         if step % config.eval.every == 0 or step == t.steps:

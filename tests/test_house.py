@@ -37,7 +37,7 @@ def imported(tree):
 
 
 def test_imports_run_one_way():
-    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "sample", "eval", "train"]
+    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "inspector", "sample", "eval", "train"]
     assert set(order) == SOURCES.keys()
     for i, name in enumerate(order):
         ours = imported(SOURCES[name]) & set(order)

@@ -107,7 +107,8 @@ def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
     per_token = ("id", "piece", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
     for row in rows:
         assert len({len(row[name]) for name in per_token}) == 1
-        assert set(row) == {*per_token, "prompt", "reference", "text", "reward", "reason", "truncated", "group"}
+        per_response = ("prompt", "reference", "text", "reward", "shaped_reward", "reason", "truncated", "group")
+        assert set(row) == {*per_token, *per_response} and row["shaped_reward"] == row["reward"]
         assert (row["piece"][-1] == "<eos>") != row["truncated"]
         assert "".join(piece for piece in row["piece"] if not piece.startswith("<")) == row["text"]
 
