@@ -50,8 +50,15 @@ def add_options(parser) -> None:
     options.add_argument("--html", type=Path, metavar="FILE", help="write a page with all kept groups and views")
 
 
+def asked_for(args) -> bool:
+    if not args.inspect and (args.html or args.step is not None or args.group is not None):
+        raise BadInput("--step, --group and --html go with --inspect")
+    return args.inspect
+
+
 def main(args) -> None:
     """Print or write what `args`, parsed by `add_options`, ask for. Raises BadInput."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the program
     config, step, groups = read_step(Path(args.run_or_model), args.step)
     kept = {number: siblings for number, siblings in groups.items() if "advantage" in siblings[0]}
     if args.group is not None and args.group not in groups:
@@ -114,8 +121,9 @@ def read_line(text: bytes) -> dict:
     line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
     if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["piece"])} or not line["piece"]:
         raise ValueError("its lists of values per token differ in length")
-    if not isinstance(line["group"], int) or not isinstance(line["reward"], int | float | None):
-        raise ValueError("its group or its reward is no number")
+    numbers = [line["group"], *([line["reward"]] * (line["reward"] is not None or "advantage" in line))]
+    if not all(isinstance(x, int | float) for x in numbers) or not all(isinstance(x, str) for x in line["piece"]):
+        raise ValueError("its group or its reward is no number, or a piece is no text")
     return line
 
 
@@ -139,11 +147,10 @@ def with_terms(kept: list[dict], config: dict) -> str:
         recomputed, outcome = (advantage_of(rewards, log_probs, ref, *group) for ref in (reference, log_probs))
         gap = (recomputed - dumped).abs().max().item()
         agree = torch.allclose(recomputed, dumped, rtol=1e-3, atol=1e-4)
-        check = f"✓ advantages recomputed from rewards and log-probs are those of training (largest gap {gap:.0e})"
-        if not agree:
-            check = (
-                f"⚠ advantages recomputed from rewards and log-probs differ from those of training by up to {gap:.3g}"
-            )
+        result = (
+            f"are those of training (largest gap {gap:.0e})" if agree else f"differ from training's by up to {gap:.3g}"
+        )
+        check = f"{'✓' if agree else '⚠'} advantages recomputed from rewards and log-probs {result}"
     except (KeyError, ValueError) as error:  # an estimator that is gone, or one that needs more than is dumped
         outcome = grpo_advantage(rewards, log_probs, reference, *group)
         check = f"⚠ the advantages were not recomputed ({visible(error)}); the outcome term shown is GRPO's"
@@ -272,7 +279,8 @@ def wrapped(tokens: list[tuple[str, str]], width: int, indent: int) -> str:
         for c in text:
             if c == "\n" or (c != " " and indent < column and column + cells(c) > width):
                 out, column = out + RESET * bool(codes) + line_end + codes, indent
-            out, column = out + c.strip("\n"), column + cells(c)
+            if c != "\n" and (c != " " or column < width):  # a space at the end of a line is not missed
+                out, column = out + c, column + cells(c)
         out += RESET * bool(codes)
     return out
 

@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     inspector.add_options(parser)
     args = parser.parse_args()
-    if args.inspect:
+    if inspector.asked_for(args):
         return inspector.main(args)
     model, tokenizer, config = open_run(args.run_or_model)
     settings = SampleConfig(**config.get("sample", {}))

@@ -212,6 +212,7 @@ CASES = {
     "a key is missing": (lambda f: broken(f, '{"prompt": "x"}\n'), [], "line 5 is broken: it has no 'reference'"),
     "a list is short": (lambda f: broken(f, SHORT + "\n"), [], "line 5 is broken: its lists .* differ in length"),
     "half a group": (lambda f: run_of(f, LINES[:-1]), [], "group 3 is not 3 whole responses"),
+    "no reward": (lambda f: broken(f, json.dumps(LINES[4] | {"reward": None}) + "\n"), [], "its reward is no number"),
     "empty": (lambda f: run_of(f, []), [], "is empty"),
     "no folder for it": (run_of, ["--html", "/nowhere/page.html"], "/nowhere/page.html cannot be written"),
 }
@@ -224,6 +225,15 @@ def test_bad_input_is_one_line_that_says_what_is_there(case, tmp_path):
     with pytest.raises(BadInput, match=message) as error:
         look(tmp_path / "run", *options)
     assert "\n" not in str(error.value)
+
+
+def test_options_of_the_inspector_without_it_are_not_ignored():
+    parser = argparse.ArgumentParser()
+    inspector.add_options(parser)
+    for option in (["--html", "x"], ["--step", "0"], ["--group", "0"]):
+        with pytest.raises(BadInput, match="go with --inspect"):
+            inspector.asked_for(parser.parse_args(option))
+    assert not inspector.asked_for(parser.parse_args([]))
 
 
 def test_what_a_model_wrote_cannot_command_the_terminal(tmp_path, capsys):
