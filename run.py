@@ -50,6 +50,7 @@ CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
         "train.steps",
         "train.save_every",
         "train.keep_checkpoints",
+        "train.tensorboard",
         "train.dump_every",
         "train.timeout_minutes",
     ),

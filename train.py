@@ -38,6 +38,7 @@ from eval import (
     progress_line,
     sampling_metrics,
     summary,
+    tensorboard,
     timed,
     token_metrics,
     update_metrics,
@@ -66,6 +67,7 @@ class TrainConfig:
     save_every: int = 20  # checkpoints: every this many steps, at the last step, and when the run is told to stop
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted once a new one is complete
     timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands
+    tensorboard: bool = False  # metrics go to run_dir/tensorboard too (pip install tensorboard)
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
@@ -295,6 +297,8 @@ def main() -> None:
     device = run.start_processes(config.train.timeout_minutes)
     run.catch_signals()
     configure(config.reward)
+    if config.train.tensorboard:  # now, not after the warm start
+        data.optional("torch.utils.tensorboard", "tensorboard")
     train_problems, held_out = data.load_problems(config.data, config.seed, config.reward.grader)
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
@@ -333,6 +337,7 @@ def train(
     """The loop. `state` is what a checkpoint holds besides tensors; it moves on at the end of a step."""
     t, s, a = config.train, config.sample, config.algorithm
     (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
+    write_scalars = tensorboard(folder, state["step"], t.tensorboard)
 
     def evaluation() -> dict[str, float]:
         with model.gathered(policy):
@@ -350,6 +355,7 @@ def train(
         state["before"] = evaluation()
         state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
+        write_scalars({"step": 0, **state["before"]})
         say(eval_line(state["before"]))
 
     for step in range(state["step"] + 1, t.steps + 1):
@@ -428,6 +434,7 @@ def train(
             if metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
                 state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", metrics)
+        write_scalars(metrics)
         state |= {"step": step, "position": places.stop}
         if step % t.save_every == 0 or step == t.steps:
             run.save_checkpoint(folder, step, policy, optimizer, state, t.keep_checkpoints)
