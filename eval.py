@@ -34,6 +34,7 @@ from data import (
     dressed,
     encode_prompts,
     load_problems,
+    optional,
     read_problems,
     require_at_least,
     require_graders,
@@ -91,6 +92,24 @@ def eval_line(m: dict[str, float]) -> str:
         f"held out: accuracy {m['eval/accuracy']:.3f} ({low:.3f} to {high:.3f}), greedy "
         f"{m['eval/accuracy_greedy']:.3f}, length {m['eval/response_length']:.1f}, n {m['eval/n']}"
     )
+
+
+def tensorboard(folder: Path, step: int, wanted: bool):
+    """A function that writes a row of metrics as scalars to folder/tensorboard, on rank 0 and if wanted.
+
+    What an earlier attempt wrote after `step` is hidden. Raises BadInput, on every rank, if the package is missing.
+    """
+    package = optional("torch.utils.tensorboard", "tensorboard") if wanted else None
+    if not package or rank():
+        return lambda row: None
+    board = package.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def write(row: dict[str, float]) -> None:
+        for key, value in row.items():
+            board.add_scalar(key, value, row["step"])
+        board.flush()
+
+    return write
 
 
 def sampling_metrics(rollout: Rollout, scores, rewards, kept: torch.Tensor, group_size: int) -> dict[str, float]:

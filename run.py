@@ -51,6 +51,7 @@ CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
         "train.save_every",
         "train.keep_checkpoints",
         "train.diagnose_every",
+        "train.tensorboard",
         "train.dump_every",
         "train.timeout_minutes",
     ),

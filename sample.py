@@ -3,6 +3,7 @@
     python sample.py runs/quickstart                    # held-out prompts of a run, with reference and verdict
     python sample.py runs/quickstart "3b+5c*2d-7?"      # your own prompt
     python sample.py path/to/any/hf_model "Once upon"   # any causal LM
+    python sample.py runs/quickstart --inspect          # inside a training step, token by token: inspector.py
 
 Every token is chosen by inverting the cumulative distribution at one uniform number, and that number is a function of
 (seed, purpose, prompt position, sibling, token position) alone. So what is sampled does not depend on how prompts are
@@ -334,11 +335,14 @@ def line_ids(tokens: torch.Tensor, mask: torch.Tensor, tokenizer, line_end: str)
     return breaks.cumsum(1) - breaks.long()
 
 
-def dump_rollout(file: Path, tokenizer, rollout: Rollout, group_size: int, asked, verdicts, rows, per_token) -> None:
+def dump_rollout(
+    file: Path, tokenizer, rollout: Rollout, group_size: int, asked, verdicts, rewards, rows, per_token
+) -> None:
     """Write samples/step_*.jsonl, on rank 0: one line per response, with a list of values per token.
 
-    asked, verdicts [B]: the problem and the verdict of each response. `per_token` maps names to [len(rows), T] tensors
-    that exist only for the rows of the rollout that were learned from, those of the kept groups.
+    asked, verdicts, rewards [B]: of each response the problem, the verdict, and the reward as shaped for training.
+    `per_token` maps names to [len(rows), T] tensors that exist only for the rows of the rollout that were learned from,
+    those of the kept groups.
     """
     if rank():
         return
@@ -359,6 +363,7 @@ def dump_rollout(file: Path, tokenizer, rollout: Rollout, group_size: int, asked
                 "sampler_log_prob": rollout.sampler_log_probs[i, : len(ids)].tolist(),
             }
             if i in place:
+                line["shaped_reward"] = rewards[i].item()
                 line |= {name: values[place[i], : len(ids)].tolist() for name, values in per_token.items()}
             out.write(json.dumps(line) + "\n")
 
@@ -390,6 +395,8 @@ def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:
 
 
 def main() -> None:
+    import inspector  # of the script alone
+
     parser = argparse.ArgumentParser(description="Print what a model writes.")
     parser.add_argument("run_or_model", help="a run folder, or a model folder or Hub id")
     parser.add_argument("prompt", nargs="?", help="default: some of the run's held-out prompts")
@@ -397,7 +404,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's")
     parser.add_argument("--seed", type=int, default=0)
+    inspector.add_options(parser)
     args = parser.parse_args()
+    if inspector.asked_for(args):
+        return inspector.main(args)
     model, tokenizer, config = open_run(args.run_or_model)
     settings = SampleConfig(**config.get("sample", {}))
     if (args.temperature or 0) < 0 or args.samples < 1 or (args.max_new_tokens or 1) < 1:

@@ -39,6 +39,7 @@ from eval import (
     progress_line,
     sampling_metrics,
     summary,
+    tensorboard,
     timed,
     token_metrics,
     update_metrics,
@@ -80,6 +81,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted once a new one is complete
     timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands
     diagnose_every: int = 0  # compare the gradients of outcome and step term every this many steps; 0: never
+    tensorboard: bool = False  # metrics go to run_dir/tensorboard too (pip install tensorboard)
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
     warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
@@ -367,6 +369,8 @@ def main() -> None:
     device = run.start_processes(config.train.timeout_minutes)
     run.catch_signals()
     configure(config.reward)
+    if config.train.tensorboard:  # now, not after the warm start
+        data.optional("torch.utils.tensorboard", "tensorboard")
     train_problems, held_out = data.load_problems(config.data, config.seed, config.reward.grader)
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
@@ -410,6 +414,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
     """
     t, s, a, (policy, optimizer) = config.train, config.sample, config.algorithm, trained["policy"]
     (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
+    write_scalars = tensorboard(folder, state["step"], t.tensorboard)
 
     def evaluation() -> dict[str, float]:
         with model.gathered(policy):
@@ -427,6 +432,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
         state["before"] = evaluation()
         state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
+        write_scalars({"step": 0, **state["before"]})
         say(eval_line(state["before"]))
 
     for step in range(state["step"] + 1, t.steps + 1):
@@ -519,7 +525,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
             per_token |= {"prm_log_prob": process_log_probs} if config.needs_prm else {}
             file = folder / "samples" / f"step_{step:06d}.jsonl"
-            dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rows, per_token)
+            dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rewards, rows, per_token)
 
         # 7. Evaluate and save.
         if step % config.eval.every == 0 or step == t.steps:
@@ -529,6 +535,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             if metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
                 state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
         run.append_line(folder / "metrics.jsonl", metrics)
+        write_scalars(metrics)
         state |= {"step": step, "position": places.stop}
         if step % t.save_every == 0 or step == t.steps:
             run.save_checkpoint(folder, step, trained, state, t.keep_checkpoints)

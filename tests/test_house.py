@@ -42,8 +42,8 @@ def imported(tree):
 
 
 def test_imports_run_one_way():
-    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "sample", "eval", "prime", "train"]
-    order += ["sweep", "report"]
+    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "inspector", "sample", "eval", "prime"]
+    order += ["train", "sweep", "report"]
     assert set(order) == SOURCES.keys()
     for i, name in enumerate(order):
         ours = imported(SOURCES[name]) & set(order)

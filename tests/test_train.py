@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import model
 import train
 from data import Draw, chain_tokenizer, random_for
+from eval import tensorboard
 from sample import Rollout
 from spro import ADVANTAGES
 
@@ -108,9 +109,35 @@ def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
     per_token = ("id", "piece", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
     for row in rows:
         assert len({len(row[name]) for name in per_token}) == 1
-        assert set(row) == {*per_token, "prompt", "reference", "text", "reward", "reason", "truncated", "group"}
+        per_response = ("prompt", "reference", "text", "reward", "shaped_reward", "reason", "truncated", "group")
+        assert set(row) == {*per_token, *per_response} and row["shaped_reward"] == row["reward"]
         assert (row["piece"][-1] == "<eos>") != row["truncated"]
         assert "".join(piece for piece in row["piece"] if not piece.startswith("<")) == row["text"]
+
+
+def test_tensorboard_gets_the_rows_of_metrics_and_only_them_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = [{"step": s, "loss": 0.5 * s, **({"eval/accuracy": 0.25} if s == 2 else {})} for s in range(4)]
+    write = tensorboard(tmp_path, 0, wanted=True)
+    for row in [*rows[:2], {"step": 2, "loss": 9.0}, {"step": 3, "loss": 9.0}]:  # killed, its checkpoint at step 1
+        write(row)
+    write = tensorboard(tmp_path, 1, wanted=True)
+    for row in rows[2:]:
+        write(row)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"step", "loss", "eval/accuracy"}
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(row["step"], row["loss"]) for row in rows]
+    assert [(e.step, e.value) for e in events.Scalars("eval/accuracy")] == [(2, 0.25)]
+
+
+def test_tensorboard_is_not_needed_unless_wanted_and_then_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tensorboard(tmp_path, 0, wanted=False)({"step": 1})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(train.BadInput, match="pip install tensorboard"):
+        tensorboard(tmp_path, 0, wanted=True)
 
 
 def test_dumped_advantages_are_those_of_the_dumped_log_probs(tiny_run):

@@ -1,0 +1,324 @@
+"""Look inside one step of a run: what every token of a group of siblings was worth.
+
+    python sample.py RUN --inspect                                  # the newest rollout, the group that differs most
+    python sample.py RUN --inspect --step 20 --group 3 --view msa   # another one, shaded by another quantity
+    python sample.py RUN --inspect --html inspector.html            # all kept groups as one page that needs no network
+
+Reads RUN/config.yaml and RUN/samples/step_*.jsonl, of a live run or a finished one, and loads no model. The terms are
+recomputed in float64 with spro.py; the advantage shown is the dumped one, which training used, and whether the two
+agree is said. What a model wrote is not trusted: all text passes through `visible`.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.utils.rnn import pad_sequence
+
+from run import BadInput
+from spro import ADVANTAGES, cumulative_process_reward, grpo_advantage, masked_step_advantage, process_reward
+
+VIEWS = {
+    "advantage": "what training used; in SPRO outcome + MSA (Eq. 13)",
+    "outcome": "the response's reward compared with its siblings'",
+    "msa": "Masked Step Advantage, CPR minus its mean over the siblings alive at this token (Eq. 12)",
+    "cpr": "cumulative process reward, beta x log-ratio summed up to this token (Eq. 11)",
+    "log_ratio": "log-prob under the policy minus log-prob under the reference",
+}
+PER_RESPONSE = ("prompt", "reference", "reward", "reason", "truncated", "group", "piece")
+PER_TOKEN = ("log_prob", "ref_log_prob", "entropy", "advantage")  # of kept groups
+PAGE_TOKENS = 50_000  # of about 80 bytes: groups beyond stay out of a page
+TEMPLATE = Path(__file__).with_name("inspector_template.html")
+
+
+def add_options(parser) -> None:
+    options = parser.add_argument_group("look inside a training step instead (inspector.py)")
+    options.add_argument("--inspect", action="store_true", help="show a group of siblings, token by token")
+    options.add_argument("--step", type=int, help="default: the newest that was dumped")
+    options.add_argument("--group", type=int, help="default: the kept group whose rewards differ most")
+    options.add_argument("--view", choices=VIEWS, default="advantage", help="what shades the tokens")
+    options.add_argument("--html", type=Path, metavar="FILE", help="write a page with all kept groups and views")
+
+
+def asked_for(args) -> bool:
+    if not args.inspect and (args.html or args.step is not None or args.group is not None):
+        raise BadInput("--step, --group and --html go with --inspect")
+    return args.inspect
+
+
+def main(args) -> None:
+    """Print or write what `args`, parsed by `add_options`, ask for. Raises BadInput."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the program
+    config, step, groups = read_step(Path(args.run_or_model), args.step)
+    kept = {number: siblings for number, siblings in groups.items() if "advantage" in siblings[0]}
+    if args.group is not None and args.group not in groups:
+        raise BadInput(f"--group {args.group}: step {step} has groups {min(groups)} to {max(groups)}; kept: {[*kept]}")
+    check = with_terms([line for siblings in kept.values() for line in siblings], config)
+    chosen = args.group if args.group is not None else max(kept or groups, key=lambda number: spread(groups[number]))
+    views = {name: VIEWS[name] for name in VIEWS if not kept or all(name in s[0]["values"] for s in kept.values())}
+    absent = "" if len(views) == len(VIEWS) else "no log-ratio, CPR or MSA: this run has no reference"
+    if args.view not in views:
+        raise BadInput(f"--view {args.view}: {absent}; choose {' or '.join(views)}")
+    facts = {"run": visible(args.run_or_model), "step": step, "check": check, "absent": absent, "view": args.view}
+    facts |= {"advantage": config["algorithm"]["advantage"], "beta": config["algorithm"]["beta"], "views": views}
+    if args.html is None:
+        print(terminal(groups[chosen], facts, shutil.get_terminal_size().columns))
+        return
+    text, written = page(groups, [chosen, *(number for number in kept if number != chosen)], facts)
+    try:
+        args.html.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--html {args.html} cannot be written: {error.strerror}") from error
+    print(f"{args.html}: {written} of {len(groups)} groups, {len(kept)} of them kept; open it in a browser")
+
+
+# --- what was dumped ----------------------------------------------------------------------------------------------
+
+
+def read_step(run: Path, step: int | None) -> tuple[dict, int, dict[int, list[dict]]]:
+    """(config, step, lines of every group) of a dumped rollout, the newest by default. Raises BadInput."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        G, _ = config["sample"]["group_size"], (config["algorithm"]["advantage"], config["algorithm"]["beta"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise BadInput(f"{run} is not a run folder: no config.yaml of a run there ({type(error).__name__})") from error
+    files = {int(file.stem[5:]): file for file in (run / "samples").glob("step_*.jsonl") if file.stem[5:].isdecimal()}
+    if not files:
+        raise BadInput(f"{run / 'samples'} holds no rollout yet: step 1 and every train.dump_every steps are dumped")
+    if step is not None and step not in files:
+        raise BadInput(f"step {step} was not dumped: {run / 'samples'} has {', '.join(map(str, sorted(files)))}")
+    step, lines = max(files) if step is None else step, []
+    for number, text in enumerate(files[step].read_bytes().splitlines(), 1):
+        try:
+            lines.append(read_line(text))
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{files[step]} line {number} is broken: {visible(error)}") from error
+    groups = {number: list(siblings) for number, siblings in groupby(lines, key=lambda line: line["group"])}
+    for number, siblings in groups.items():
+        if len(siblings) != G or len({tuple(name in line for name in PER_TOKEN) for line in siblings}) > 1:
+            raise BadInput(f"{files[step]}: group {number} is not {G} whole responses: is it still being written?")
+    if not groups:
+        raise BadInput(f"{files[step]} is empty: is it still being written?")
+    return config, step, groups
+
+
+def read_line(text: bytes) -> dict:
+    """A line of samples/step_*.jsonl, with tensors for its lists of numbers. Raises ValueError or TypeError."""
+    line = json.loads(text)
+    needed = PER_RESPONSE + ("log_prob", "entropy") * ("advantage" in line)
+    if missing := [name for name in needed if name not in line]:
+        raise ValueError(f"it has no {missing[0]!r}")
+    line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
+    if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["piece"])} or not line["piece"]:
+        raise ValueError("its lists of values per token differ in length")
+    numbers = [line["group"], *([line["reward"]] * (line["reward"] is not None or "advantage" in line))]
+    if not all(isinstance(x, int | float) for x in numbers) or not all(isinstance(x, str) for x in line["piece"]):
+        raise ValueError("its group or its reward is no number, or a piece is no text")
+    return line
+
+
+def spread(siblings: list[dict]) -> float:
+    rewards = [line["reward"] for line in siblings if line["reward"] is not None]
+    return max(rewards, default=0) - min(rewards, default=0)
+
+
+def with_terms(kept: list[dict], config: dict) -> str:
+    """Add `values`, the views by name, to all lines of kept groups -> whether advantages come out as dumped."""
+    if not kept:
+        return "⚠ no group of this step was kept (algorithm.keep_accuracy)"
+    a, has_reference = config["algorithm"], all("ref_log_prob" in line for line in kept)
+    mask = pad_sequence([torch.ones(len(line["piece"]), dtype=torch.bool) for line in kept], True)
+    log_probs, dumped = (pad_sequence([line[name] for line in kept], True) for name in ("log_prob", "advantage"))
+    reference = pad_sequence([line["ref_log_prob"] for line in kept], True) if has_reference else log_probs
+    rewards = torch.tensor([line.get("shaped_reward", line["reward"]) for line in kept], dtype=torch.float64)
+    group = (mask, config["sample"]["group_size"], a["beta"])
+    try:
+        advantage_of = ADVANTAGES[a["advantage"]]
+        recomputed, outcome = (advantage_of(rewards, log_probs, ref, *group) for ref in (reference, log_probs))
+        gap = (recomputed - dumped).abs().max().item()
+        agree = torch.allclose(recomputed, dumped, rtol=1e-3, atol=1e-4)
+        result = (
+            f"are those of training (largest gap {gap:.0e})" if agree else f"differ from training's by up to {gap:.3g}"
+        )
+        check = f"{'✓' if agree else '⚠'} advantages recomputed from rewards and log-probs {result}"
+    except (KeyError, ValueError) as error:  # an estimator that is gone, or one that needs more than is dumped
+        outcome = grpo_advantage(rewards, log_probs, reference, *group)
+        check = f"⚠ the advantages were not recomputed ({visible(error)}); the outcome term shown is GRPO's"
+    values = {"advantage": dumped, "outcome": outcome}
+    if has_reference:
+        cpr = cumulative_process_reward(process_reward(log_probs, reference, a["beta"]), mask)
+        msa = masked_step_advantage(cpr, mask, config["sample"]["group_size"])
+        values |= {"msa": msa, "cpr": cpr, "log_ratio": log_probs - reference}
+    for i, line in enumerate(kept):
+        line["values"] = {name: value[i, : len(line["piece"])] for name, value in values.items()}
+    return check
+
+
+def scale_of(siblings: list[dict], view: str) -> float:
+    """The value that gets full colour: the 98th percentile of the group's, or, if that is 0, the largest."""
+    values = torch.cat([line["values"][view] for line in siblings]).nan_to_num(0, 0, 0).abs().sort().values
+    return (values[int(0.98 * (len(values) - 1))] or values[-1]).item()
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def visible(text) -> str:
+    """Text without power over a terminal or the reading direction: what cannot be printed is spelt as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character by which byte-level BPE (GPT-2, Qwen, Llama 3) writes each byte: a printable one of Latin-1, or,
+    for the other bytes in their order, those from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def readable(siblings: list[dict]) -> list[list[str]]:
+    """The text of each token of each response; a line end is shown and kept, part of a character is spelt \\xNN."""
+    byte_level = any(re.search("[ĠĊ]", piece) for line in siblings for piece in line["piece"])
+    byte_of = byte_alphabet()
+
+    def text_of(piece: str) -> str:
+        if byte_level and all(c in byte_of for c in piece):
+            piece = bytes(byte_of[c] for c in piece).decode(errors="backslashreplace")
+        elif code := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece
+            piece = bytes.fromhex(code[1]).decode(errors="backslashreplace")
+        return visible(piece.replace("▁", " ")).replace("\n", "↵\n")
+
+    return [[text_of(piece) for piece in line["piece"]] for line in siblings]
+
+
+def mark_of(reward: float | None) -> str:
+    return "?" if reward is None else "✓" if reward >= 1 else "✗" if reward <= 0 else "◐"
+
+
+def verdict_of(line: dict) -> str:
+    reward, trained = line["reward"], line.get("shaped_reward", line["reward"])
+    words = ["no verdict" if reward is None else f"reward {reward:.3g}"]
+    words += [f"{trained:.3g} as shaped for training"] * (trained != reward) + [visible(line["reason"])]
+    return f"{mark_of(reward)} " + ", ".join([*words, f"{len(line['piece'])} tokens", *["cut off"] * line["truncated"]])
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def page(groups: dict[int, list[dict]], order: list[int], facts: dict) -> tuple[str, int]:
+    """(HTML, number of groups in it): those of `order`, the first in any case and others while there is room."""
+    shown, room = [], PAGE_TOKENS
+    for number in order:
+        siblings = groups[number]
+        room -= sum(len(line["piece"]) for line in siblings)
+        if room >= 0 or not shown:
+            shown.append(group_of(number, siblings))
+    text = json.dumps({**facts, "groups": shown}, allow_nan=False).replace("<", "\\u003c")  # no tag can end the script
+    template = TEMPLATE.read_text(encoding="utf-8")
+    script = template.rsplit("<script>", 1)[1].split("</script>")[0]  # the one script that the page may run
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template.replace("@HASH@", f"sha256-{digest}").replace("@DATA@", text), len(shown)
+
+
+def group_of(number: int, siblings: list[dict]) -> dict:
+    """A group as the page's JSON. Four significant digits, null where a value is not finite."""
+    first, kept = siblings[0], "values" in siblings[0]
+    responses = []
+    for line, pieces in zip(siblings, readable(siblings), strict=True):
+        response = {"mark": mark_of(line["reward"]), "verdict": verdict_of(line), "pieces": pieces}
+        if kept:
+            values = line["values"] | {name: line[name] for name in PER_TOKEN if name in line}
+            response["values"] = {
+                name: [float(f"{v:.4g}") if math.isfinite(v) else None for v in value.tolist()]
+                for name, value in values.items()
+            }
+        responses.append(response)
+    rewards = [line["reward"] for line in siblings if line["reward"] is not None]
+    name = f"{number}, mean reward {sum(rewards) / len(rewards):.2g}" if rewards else str(number)
+    texts = {"prompt": visible(first["prompt"]), "reference": visible(first["reference"])}
+    scales = {view: scale_of(siblings, view) for view in first["values"]} if kept else {}
+    return {"group": number, "name": name, **texts, "kept": kept, "scales": scales, "responses": responses}
+
+
+# --- the terminal -------------------------------------------------------------------------------------------------
+
+RESET = "\033[0m"
+PLUS, MINUS = (189, 153, 111, 69), (230, 223, 215, 208)  # blues and oranges, in the numbers that terminals give colours
+
+
+def shading(fraction: float) -> str:
+    """Escape codes for a value from -1 to 1: black on blue above 0, black and underlined on orange below."""
+    strength = min(abs(fraction), 1.0)
+    if not strength > 0.02:  # NaN too
+        return ""
+    level = math.ceil(4 * strength) - 1
+    return f"\033[38;5;16;48;5;{PLUS[level]}m" if fraction > 0 else f"\033[4;38;5;16;48;5;{MINUS[level]}m"
+
+
+def wrapped(tokens: list[tuple[str, str]], width: int, indent: int) -> str:
+    """(text, escape codes) of each token -> lines of `width` cells, broken between tokens where that is possible."""
+
+    def cells(text: str) -> int:
+        return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+    out, column, line_end = "", indent, "\n" + " " * indent
+    for text, codes in tokens:
+        if indent < column and column + cells(text.rstrip()) > width:
+            out, column = out + line_end, indent
+        out += codes
+        for c in text:
+            if c == "\n" or (c != " " and indent < column and column + cells(c) > width):
+                out, column = out + RESET * bool(codes) + line_end + codes, indent
+            if c != "\n" and (c != " " or column < width):  # a space at the end of a line is not missed
+                out, column = out + c, column + cells(c)
+        out += RESET * bool(codes)
+    return out
+
+
+def plain(text: str) -> list[tuple[str, str]]:
+    return [(word, "") for word in re.findall(r"\s*\S+\s?", text)]
+
+
+def header(siblings: list[dict], facts: dict, width: int, colour: bool) -> list[tuple[str, list]]:
+    """What stands above the responses: a label and its tokens, for `wrapped`."""
+    view, lengths = facts["view"], sorted(len(line["piece"]) for line in siblings)
+    rows = [(name, plain(visible(siblings[0][name]))) for name in ("prompt", "reference")]
+    rows += [(name, plain(facts[name])) for name in ("check", "absent") if facts[name]]
+    if "values" not in siblings[0]:
+        return [*rows, ("view", plain("none: training did not keep this group, so it has no log-probs"))]
+    scale, columns = scale_of(siblings, view), max(1, min(width - 10, lengths[-1]))
+    legend = [(f" {i / 4 * scale:+.2g} ", shading(i / 4) * colour) for i in range(-4, 5)]
+    alive = [sum(n > c * lengths[-1] // columns for n in lengths) / len(lengths) for c in range(columns)]
+    ends = ", ".join(f"{len(lengths) - lengths.index(n)} to token {n}" for n in sorted(set(lengths)))
+    rows += [("view", plain(f"{view}: {VIEWS[view]}")), ("scale", legend if scale else plain("0 everywhere"))]
+    blocks = "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * part) - 1] for part in alive)
+    return [*rows, ("alive", plain(blocks)), ("", plain(ends))]
+
+
+def terminal(siblings: list[dict], facts: dict, width: int) -> str:
+    """One group as text: tokens shaded on a terminal with colours, elsewhere each followed by its value in figures."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    where = f"{facts['run']}, step {facts['step']}, group {siblings[0]['group']}"
+    out = [wrapped(plain(f"{where}: {facts['advantage']}, beta {facts['beta']}"), width, 0)]
+    out += [f"{label:10}" + wrapped(tokens, width, 10) for label, tokens in header(siblings, facts, width, colour)]
+    for i, (line, pieces) in enumerate(zip(siblings, readable(siblings), strict=True), 1):
+        out.append(f"\n{i:<3}" + wrapped(plain(verdict_of(line)), width, 3))
+        tokens = [(piece, "") for piece in pieces]
+        if "values" in line:
+            values, scale = line["values"][facts["view"]].tolist(), scale_of(siblings, facts["view"]) or 1.0
+            tokens = [
+                (p, shading(v / scale)) if colour else (f"{p.strip()}[{v:+.2g}] ", "")
+                for p, v in zip(pieces, values, strict=True)
+            ]
+        out.append("   " + wrapped(tokens, width, 3))
+    return "\n".join(out)

@@ -1,0 +1,422 @@
+"""The inspector: its numbers against loops over the dump, its page in a real browser, its text without power."""
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import chaos
+import pytest
+import yaml
+from browser import Browser
+from conftest import finished
+from tokenizers import pre_tokenizers
+
+import inspector
+from run import BadInput
+
+BETA, G = 0.1, 3
+HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\x1b]0;hit\x07\u202e"
+VIEWS = ["advantage", "outcome", "msa", "cpr", "log_ratio"]
+
+
+def terms(siblings: list[dict]) -> list[dict[str, list[float]]]:
+    """Eq. 11 to 13 for one group in plain Python, from nothing but log-probs and rewards."""
+    rewards = [line.get("shaped_reward", line["reward"]) for line in siblings]
+    mean = sum(rewards) / G
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (G - 1))
+    ratios = [[p - q for p, q in zip(s["log_prob"], s["ref_log_prob"], strict=True)] for s in siblings]
+    cpr = [[BETA * sum(row[: t + 1]) for t in range(len(row))] for row in ratios]
+    values = []
+    for reward, ratio, sums in zip(rewards, ratios, cpr, strict=True):
+        alive = [[other[t] for other in cpr if t < len(other)] for t in range(len(sums))]
+        msa = [s - sum(others) / len(others) for s, others in zip(sums, alive, strict=True)]
+        outcome = [(reward - mean) / (std + 1e-6) if std else 0.0] * len(sums)
+        advantage = [a + b for a, b in zip(outcome, msa, strict=True)]
+        values.append(dict(zip(VIEWS, (advantage, outcome, msa, sums, ratio), strict=True)))
+    return values
+
+
+def rollout() -> list[dict]:
+    """Four groups of three: one that was not kept, one of equal rewards, two mixed; lengths differ."""
+    draw, lines = random.Random(0), []
+    for group, rewards in enumerate([[1, 1, 1], [0.5, 0.5, 0.5], [1, 0.8, 0.9], [0, 1, 0.3]]):
+        for reward in rewards:
+            pieces = [draw.choice(["Ġa", "b", "Ċ", "=", HOSTILE]) for _ in range(draw.randint(3, 9))]
+            line = {"prompt": f"q{group} {HOSTILE}", "reference": HOSTILE, "text": "", "reward": reward}
+            line |= {"reason": HOSTILE, "truncated": group == 1, "group": group, "piece": pieces}
+            if group:
+                numbers = {name: [-draw.expovariate(1) for _ in pieces] for name in ("log_prob", "ref_log_prob")}
+                line |= numbers | {"entropy": [draw.random() for _ in pieces]}
+            lines.append(line)
+    for start in range(G, len(lines), G):
+        for line, values in zip(lines[start : start + G], terms(lines[start : start + G]), strict=True):
+            line["advantage"] = values["advantage"]
+    return lines
+
+
+LINES = rollout()
+
+
+def run_of(folder, lines=LINES, step=3, **algorithm):
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    config = {"sample": {"group_size": G}, "algorithm": {"advantage": "spro", "beta": BETA, **algorithm}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "samples" / f"step_{step:06d}.jsonl").write_text(text)
+    return folder
+
+
+def look(folder, *options) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_or_model")
+    inspector.add_options(parser)
+    inspector.main(parser.parse_args([str(folder), "--inspect", *map(str, options)]))
+
+
+def page_of(folder, *options) -> dict:
+    """What the page of a run holds."""
+    look(folder, "--html", folder / "page.html", *options)
+    text = (folder / "page.html").read_text()
+    return json.loads(text.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+
+
+def test_every_number_on_the_page_is_that_of_a_loop_over_the_dump(tmp_path):
+    page = page_of(run_of(tmp_path))
+    assert page["check"].startswith("✓") and [*page["views"]] == VIEWS
+    assert [group["group"] for group in page["groups"]] == [3, 1, 2]  # the largest spread of rewards comes first
+    for group in page["groups"]:
+        siblings = [line for line in LINES if line["group"] == group["group"]]
+        for line, expected, shown in zip(siblings, terms(siblings), group["responses"], strict=True):
+            expected |= {name: line[name] for name in ("log_prob", "ref_log_prob", "entropy")}
+            assert shown["values"].keys() == expected.keys()
+            for name, values in expected.items():
+                assert shown["values"][name] == pytest.approx(values, rel=6e-4, abs=1e-12), name
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_without_colours_every_token_is_followed_by_its_number(view, tmp_path, capsys):
+    look(run_of(tmp_path), "--group", 2, "--view", view)
+    body = re.sub(r"\s+", " ", capsys.readouterr().out.split("\n\n", 1)[1])
+    figures = [float(text) for text in re.findall(r"\[([-+][\d.e-]+)\] ", body)]
+    assert figures == pytest.approx([v for values in terms(LINES[6:9]) for v in values[view]], rel=0.06, abs=1e-9)
+
+
+def test_a_terminal_shades_blue_above_0_and_orange_underlined_below(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    look(run_of(tmp_path), "--group", 3, "--view", "outcome")
+    responses = capsys.readouterr().out.split("\n\n")[1:]
+    for text, values in zip(responses, terms(LINES[9:12]), strict=True):
+        below = values["outcome"][0] < 0
+        assert ("\033[4;38;5;16;48;5;208m" if below else "\033[38;5;16;48;5;69m") in text or abs(
+            values["outcome"][0]
+        ) < 1
+        assert ("\033[4;" in text) == below and ("\033[38;" in text) != below
+    monkeypatch.setenv("NO_COLOR", "1")
+    look(tmp_path)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_lines_keep_to_the_width_and_the_living_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = copy.deepcopy(LINES)
+    for line in lines:
+        line["piece"] = ["wide漢字"[: 2 + i % 4] for i in range(len(line["piece"]))]
+    look(run_of(tmp_path, lines), "--group", 3)
+    out = capsys.readouterr().out
+    assert max(sum(1 + (c in "漢字") for c in line) for line in out.splitlines()) <= 40
+    lengths = [len(line["piece"]) for line in LINES[9:12]]
+    ends = ", ".join(f"{sum(m >= n for m in lengths)} to token {n}" for n in sorted(set(lengths)))
+    assert ends in re.sub(r"\s+", " ", out)
+
+
+def test_a_group_that_was_not_kept_is_shown_without_shading_and_with_the_reason(tmp_path, capsys):
+    look(run_of(tmp_path), "--group", 0)
+    assert "did not keep this group" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    group = page_of(tmp_path, "--group", 0)["groups"][0]
+    assert not group["kept"] and all("values" not in response for response in group["responses"])
+    check = page_of(run_of(tmp_path / "none", LINES[:3]))["check"]
+    assert check.startswith("⚠ no group of this step was kept")
+
+
+@pytest.mark.parametrize("change", ["advantage", "beta", "estimator"])
+def test_advantages_that_do_not_come_out_as_dumped_are_said_to(change, tmp_path, capsys):
+    lines = copy.deepcopy(LINES)
+    lines[-1]["advantage"][1] += 0.01 * (change == "advantage")
+    algorithm = {"beta": {"beta": 0.2}, "estimator": {"advantage": "gone"}}.get(change, {})
+    look(run_of(tmp_path, lines, **algorithm))
+    assert "check     ⚠" in capsys.readouterr().out and page_of(tmp_path)["check"].startswith("⚠")
+
+
+def test_rewards_shaped_for_training_are_those_compared_and_shown(tmp_path):
+    lines = copy.deepcopy(LINES)
+    for line in lines[9:]:
+        line["shaped_reward"] = line["reward"] - 0.25 * line["reward"] ** 2
+    for line, values in zip(lines[9:], terms(lines[9:]), strict=True):
+        line["advantage"] = values["advantage"]
+    page = page_of(run_of(tmp_path / "shaped", lines))
+    assert page["check"].startswith("✓") and "0.75 as shaped" in page["groups"][0]["responses"][1]["verdict"]
+    lines = [{name: value for name, value in line.items() if name != "shaped_reward"} for line in lines]
+    assert page_of(run_of(tmp_path / "older", lines))["check"].startswith("⚠")
+
+
+def test_a_run_without_reference_has_no_step_term_to_show(tmp_path, capsys):
+    lines = [{name: value for name, value in line.items() if name != "ref_log_prob"} for line in LINES]
+    for start in range(G, len(lines), G):
+        for line, values in zip(lines[start : start + G], terms(LINES[start : start + G]), strict=True):
+            line["advantage"] = values["outcome"]
+    page = page_of(run_of(tmp_path, lines, advantage="grpo"))
+    assert [*page["views"]] == ["advantage", "outcome"] and "no reference" in page["absent"] and page["check"][0] == "✓"
+    with pytest.raises(BadInput, match="no reference; choose advantage or outcome"):
+        look(tmp_path, "--view", "msa")
+
+
+def test_a_value_that_is_not_finite_is_named_and_breaks_nothing(tmp_path, capsys):
+    lines = copy.deepcopy(LINES)
+    lines[9]["advantage"][0], lines[9]["log_prob"][2] = math.nan, -math.inf
+    page = page_of(run_of(tmp_path, lines))
+    values = page["groups"][0]["responses"][0]["values"]
+    assert values["advantage"][0] is None and values["log_prob"][2] is None and page["check"].startswith("⚠")
+    look(tmp_path)
+    assert "[+nan]" in capsys.readouterr().out
+
+
+def test_a_page_takes_further_groups_while_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspector, "PAGE_TOKENS", sum(len(line["piece"]) for line in LINES[3:6] + LINES[9:12]))
+    assert [group["group"] for group in page_of(run_of(tmp_path))["groups"]] == [3, 1]
+    monkeypatch.setattr(inspector, "PAGE_TOKENS", 1)
+    assert [group["group"] for group in page_of(tmp_path)["groups"]] == [3]
+
+
+def broken(folder, text: str):
+    file = run_of(folder) / "samples" / "step_000003.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:4], text, *lines[5:]]))
+
+
+SHORT = json.dumps({**LINES[4], "entropy": [1.0]})
+CASES = {
+    "no run": (lambda f: f.mkdir(), [], "is not a run folder"),
+    "no samples": (lambda f: shutil.rmtree(run_of(f) / "samples"), [], "holds no rollout yet"),
+    "no such step": (lambda f: (run_of(f), run_of(f, step=12)), ["--step", 7], "step 7 was not dumped.* has 3, 12$"),
+    "no such group": (run_of, ["--group", 9], r"step 3 has groups 0 to 3; kept: \[1, 2, 3\]"),
+    "half a line": (lambda f: broken(f, '{"prompt": "x'), [], "step_000003.jsonl line 5 is broken"),
+    "no object": (lambda f: broken(f, "17\n"), [], "line 5 is broken"),
+    "a key is missing": (lambda f: broken(f, '{"prompt": "x"}\n'), [], "line 5 is broken: it has no 'reference'"),
+    "a list is short": (lambda f: broken(f, SHORT + "\n"), [], "line 5 is broken: its lists .* differ in length"),
+    "half a group": (lambda f: run_of(f, LINES[:-1]), [], "group 3 is not 3 whole responses"),
+    "no reward": (lambda f: broken(f, json.dumps(LINES[4] | {"reward": None}) + "\n"), [], "its reward is no number"),
+    "empty": (lambda f: run_of(f, []), [], "is empty"),
+    "no folder for it": (run_of, ["--html", "/nowhere/page.html"], "/nowhere/page.html cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_that_says_what_is_there(case, tmp_path):
+    prepare, options, message = CASES[case]
+    prepare(tmp_path / "run")
+    with pytest.raises(BadInput, match=message) as error:
+        look(tmp_path / "run", *options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_the_inspector_without_it_are_not_ignored():
+    parser = argparse.ArgumentParser()
+    inspector.add_options(parser)
+    for option in (["--html", "x"], ["--step", "0"], ["--group", "0"]):
+        with pytest.raises(BadInput, match="go with --inspect"):
+            inspector.asked_for(parser.parse_args(option))
+    assert not inspector.asked_for(parser.parse_args([]))
+
+
+def test_what_a_model_wrote_cannot_command_the_terminal(tmp_path, capsys):
+    look(run_of(tmp_path))
+    out = capsys.readouterr().out
+    assert not {c for c in out if not c.isprintable()} - {"\n"} and "\\x1b]0;hit\\x07\\u202e" in out
+
+
+def test_pieces_of_a_byte_level_vocabulary_read_as_the_text_they_stand_for():
+    text = "Ünïcode, 漢字\tand\n 🙂 {x}"
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert sorted(inspector.byte_alphabet()) == sorted(level.alphabet())
+    pieces = [piece for piece, _ in level.pre_tokenize_str(text)]
+    (shown,) = inspector.readable([{"piece": pieces}])
+    assert "".join(shown) == text.replace("\n", "↵\n").replace("\t", "\\t")
+    halves = level.pre_tokenize_str(" 🙂")[0][0]  # a space and a character of four bytes, cut in two
+    assert inspector.readable([{"piece": [halves[:3], halves[3:], "<|im_end|>"]}]) == [
+        [" \\xf0\\x9f", "\\x99\\x82", "<|im_end|>"]
+    ]
+    assert inspector.readable([{"piece": ["▁the", "<0x0A>", "é"]}]) == [[" the", "↵\n", "é"]]  # SentencePiece
+
+
+def test_a_run_is_inspected_from_the_command_line_without_its_model(tmp_path, warm):
+    folder = tmp_path / "run"
+    finished(
+        folder, warm, "train.steps=2", "train.dump_every=1", "reward.overlong_buffer=10", "train.learning_rate=1e-2"
+    )
+    shutil.rmtree(folder / "model")
+    script = [sys.executable, str(chaos.ROOT / "sample.py"), str(folder), "--inspect"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0 and "step 2," in done.stdout and "check     ✓" in done.stdout, done.stderr
+    assert "as shaped for training" in re.sub(r"\s+", " ", done.stdout)
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no browser to look at the page with: apt-get install chromium")
+    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> str:
+    folder = run_of(tmp_path_factory.mktemp("page"))
+    page_of(folder)
+    return (folder / "page.html").as_uri()
+
+
+def token(response: int, position: int) -> str:
+    return f"article:nth-child({response}) .t:nth-child({position})"
+
+
+def readout(browser) -> dict[str, str]:
+    pairs = (
+        "[...document.querySelectorAll('#readout dl div')].map(e => [e.children[0].innerText, e.children[1].innerText])"
+    )
+    return dict(browser.run(pairs))
+
+
+def shades(browser) -> list[int]:
+    """The sign of every token of the group as it is drawn: a line above, none, or a line below."""
+    styles = "[...document.querySelectorAll('.t')].map(e => getComputedStyle(e))"
+    edges = browser.run(f"{styles}.map(s => [s.borderTopColor, s.borderBottomColor, s.backgroundColor])")
+    clear = "rgba(0, 0, 0, 0)"
+    assert all((above == below == clear) == (background == clear) for above, below, background in edges)
+    return [(above != clear) - (below != clear) for above, below, _ in edges]
+
+
+def expected_shades(group: int, view: str) -> list[int]:
+    values = [v for line in terms([s for s in LINES if s["group"] == group]) for v in line[view]]
+    scale = sorted(map(abs, values))[int(0.98 * (len(values) - 1))]
+    return [(v > 0.02 * scale) - (v < -0.02 * scale) for v in values]
+
+
+def figures(group: int, response: int, position: int) -> dict[str, float]:
+    values = terms([line for line in LINES if line["group"] == group])[response - 1]
+    return {
+        name: values[view][position - 1] for name, view in (("advantage", "advantage"), ("MSA", "msa"), ("CPR", "cpr"))
+    }
+
+
+def shown_figures(browser) -> dict[str, float]:
+    return {name: float(readout(browser)[name].replace("\u2212", "-")) for name in ("advantage", "MSA", "CPR")}
+
+
+def test_the_page_opens_from_disk_quietly_and_asks_the_network_for_nothing(browser, address):
+    browser.look(1200, 800)
+    browser.open(address)
+    for view in reversed(VIEWS):
+        browser.click(f"label:has([value={view}])")
+        assert browser.run("location.hash").endswith(f"view={view}")
+        assert shades(browser) == expected_shades(3, view)
+    assert browser.complaints() == [] and browser.requests() == [address]
+
+
+def test_another_group_is_chosen_from_the_menu(browser, address):
+    browser.open(address)
+    browser.run("$('group').value = 2; $('group').dispatchEvent(new Event('change'))")
+    assert shades(browser) == expected_shades(2, "advantage") and "q2" in browser.run("$('prompt').textContent")
+
+
+def test_pointing_shows_a_tokens_values_and_a_click_keeps_them(browser, address):
+    browser.look(1200, 800)
+    browser.open(address)
+    assert "Point at a token" in browser.run("readout.innerText")
+    browser.point(token(2, 3))
+    assert shown_figures(browser) == pytest.approx(figures(3, 2, 3), rel=6e-3)
+    browser.point("h1")
+    assert "Point at a token" in browser.run("readout.innerText")
+    browser.click(token(2, 2))
+    browser.point("h1")
+    assert shown_figures(browser) == pytest.approx(figures(3, 2, 2), rel=6e-3)
+    living = sum(len(line["piece"]) >= 2 for line in LINES[9:12])
+    assert readout(browser)["alive"] == f"{living} of 3" and readout(browser)["token"].startswith("2 of")
+    assert browser.run("document.querySelectorAll('.here, .level').length") == living
+
+
+def test_the_keyboard_reaches_views_and_tokens(browser, address):
+    browser.open(address)
+    for key in ("Tab", "Tab", "ArrowRight"):  # menu, views
+        browser.press(key)
+    assert shades(browser) == expected_shades(3, "outcome")
+    for key in ("Tab", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp"):
+        browser.press(key)
+    assert shown_figures(browser) == pytest.approx(figures(3, 1, 2), rel=6e-3)
+
+
+def test_on_a_phone_nothing_overflows_and_a_tap_shows_values(browser, address):
+    browser.look(375, 700, phone=True)
+    browser.open(address)
+    assert browser.run("[innerWidth, document.documentElement.scrollWidth]") == [375, 375]
+    browser.tap(token(3, 2))
+    assert shown_figures(browser) == pytest.approx(figures(3, 3, 2), rel=6e-3)
+    assert browser.run("document.documentElement.scrollWidth") == 375
+    assert browser.run("readout.getBoundingClientRect().height") <= 0.4 * 700
+    browser.look(1200, 800)
+
+
+def test_an_address_leads_to_the_token_it_names_and_nonsense_to_the_start(browser, address):
+    browser.open(address + "#group=2&view=cpr&response=3&token=2")
+    assert shades(browser) == expected_shades(2, "cpr")
+    assert shown_figures(browser) == pytest.approx(figures(2, 3, 2), rel=6e-3)
+    browser.open(address + "#group=x&view=constructor&response=99&token=-1")
+    assert shades(browser) == expected_shades(3, "advantage") and browser.complaints() == []
+
+
+def test_what_a_model_wrote_is_inert_text(browser, address):
+    browser.open(address)
+    assert browser.run("document.body.innerText").count("<img src=x onerror=window.hit=1>") > 5
+    assert browser.run("[document.images.length, document.scripts.length, typeof hit]") == [0, 2, "undefined"]
+    attack = "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.hit=1><script>hit=1</script>')"
+    browser.run(attack)  # even where it was parsed, the page's policy keeps it from running
+    browser.run("new Promise(done => setTimeout(done, 100))")
+    assert browser.run("typeof hit") == "undefined"
+    refused = [e["params"] for e in browser.events if e.get("method") == "Network.loadingFailed"]
+    assert [failure.get("blockedReason") for failure in refused] == ["csp"] and len(browser.requests()) == 2
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2's relative luminance of #rgb or #rrggbb."""
+    digits = colour.strip().lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * c for c in digits)
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_on_every_shade_in_light_and_dark(dark, browser, address):
+    browser.look(1200, 800, dark=dark)
+    browser.open(address)
+    names = ["ink", "soft", "paper", "card", "plus", "minus", "plus-bar", "minus-bar"]
+    values = f"{names}.map(n => getComputedStyle(document.documentElement).getPropertyValue('--' + n))"
+    light = {name: luminance(value) for name, value in zip(names, browser.run(values), strict=True)}
+    assert (light["paper"] < 0.1) == dark
+    pairs = [("ink", ground) for ground in ("paper", "card", "plus", "minus")]
+    pairs += [("soft", "paper"), ("plus-bar", "card"), ("minus-bar", "card")]
+    for one, other in pairs:
+        low, high = sorted((light[one], light[other]))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (one, other)
