@@ -333,12 +333,12 @@ def along(run: Run, x: str) -> np.ndarray:
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
     """[points, 3]: mean x, mean and sd of the metric over runs, at each step where any run has it."""
-    points = []
+    points, positions = [], {id(run): along(run, x) for run in members}
     for step in range(max(len(run.rows) for run in members)):
         having = [run for run in members if step < len(run.rows) and metric in run.rows[step]]
         ys = np.array([run.rows[step][metric] for run in having], dtype=float)
         if np.isfinite(ys).any():
-            xs = [along(run, x)[step] for run in having]
+            xs = [positions[id(run)][step] for run in having]
             points.append((np.mean(xs), np.nanmean(ys), np.nanstd(ys, ddof=1) if np.isfinite(ys).sum() > 1 else 0.0))
     return np.array(points).reshape(-1, 3)
 

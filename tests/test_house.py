@@ -108,7 +108,7 @@ def test_the_readme_names_only_files_keys_and_flags_that_exist():
     known = set(run.all_keys(train.Config))
     for key in re.findall(r"(?<![\w./])((?:model|data|sample|reward|algorithm|train|eval)\.\w+)(?==|`|:)", README):
         assert key in known or (ROOT / f"{key}").exists() or key.endswith((".from_pretrained", ".py")), key
-    for script in ("sample", "eval", "reward"):
+    for script in ("sample", "eval", "reward", "sweep", "report"):
         assert f"python {script}.py" in (ROOT / f"{script}.py").read_text()
 
 
@@ -131,7 +131,7 @@ def test_the_readmes_ten_line_estimator_trains_as_it_says(monkeypatch):
     assert train.AlgorithmConfig(advantage="spro_local").advantage == "spro_local"
 
 
-@pytest.mark.parametrize("script", ["sample.py", "eval.py"])
+@pytest.mark.parametrize("script", ["sample.py", "eval.py", "sweep.py", "report.py"])
 def test_scripts_explain_themselves(script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
