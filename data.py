@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted, never cut
     min_steps: int = 3  # chain: fewest operations in a prompt
     max_steps: int = 6  # chain: most operations in a prompt
+    repeat_slip: float = 0.12  # chain: chance of a slip per step where the demonstrator repeats steps; SLIP elsewhere
 
     def __post_init__(self):
         require_at_least(0, self, "train_size")
@@ -77,6 +78,8 @@ class DataConfig:
             )
         if self.prompt and "{question}" not in self.prompt:
             raise ValueError(f"prompt={self.prompt!r} must hold the text {{question}}, where each problem's goes")
+        if not 0 <= self.repeat_slip <= 1:
+            raise ValueError(f"repeat_slip={self.repeat_slip} is a chance, in [0, 1]")
         if not self.min_steps <= self.max_steps <= len(LABELS):
             raise ValueError(f"max_steps={self.max_steps} must lie between min_steps and {len(LABELS)}")
 
@@ -130,18 +133,20 @@ REPEATS = (0.0, 0.5, 1.0)  # chance of repeating a step; a demonstration draws o
 _OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
-def chain_solution(prompt: str, noise: np.random.Generator | None = None) -> str:
+def chain_solution(prompt: str, noise: np.random.Generator | None = None, repeat_slip: float = SLIP) -> str:
     """The written solution of a chain prompt: right and concise, or with the demonstrator's noise.
 
-    A wrong result is carried on into the following steps, as a person's would be.
+    A wrong result is carried on into the following steps, as a person's would be. Where it repeats steps, the
+    demonstrator slips with chance `repeat_slip` per step: it sets how length and being right go together.
     """
     value, lines = int(prompt[0]), []
     repeat = noise.choice(REPEATS) if noise else 0.0
+    slip = repeat_slip if repeat else SLIP
     for label, operator, digit in re.findall(r"([a-z])([-+*])(\d)", prompt):
         result = _OPERATIONS[operator](value, int(digit)) % 10
         if noise and operator == "*" and min(value, int(digit)) >= 6 and noise.random() < MISCONCEPTION:
             result = (result + 1) % 10
-        if noise and noise.random() < SLIP:
+        if noise and noise.random() < slip:
             result = (result + noise.choice((-1, 1))) % 10
         step = f"{label}{value}{operator}{digit}={result}"
         lines.append(step + ";" + (f"({step})" if noise and noise.random() < repeat else ""))
@@ -474,6 +479,12 @@ SOURCES |= dict.fromkeys(ROWS, dataset_problems)
 # For the warm start of a new model: (prompt, noise or None) -> text, and the tokenizer of such texts.
 DEMONSTRATORS = {"chain": chain_solution, "print": print_solution}
 TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
+
+
+def demonstrator(config: DataConfig):
+    """(prompt, noise or None) -> text, of the source's demonstrator with the config's settings."""
+    settings = {"repeat_slip": config.repeat_slip} if config.source == "chain" else {}
+    return partial(DEMONSTRATORS[config.source], **settings)
 
 
 def load_problems(config: DataConfig, seed: int, grader: str = "") -> tuple[list[Problem], list[Problem]]:

@@ -36,7 +36,7 @@ VIEWS = {
     "log_ratio": "log-prob under the policy minus log-prob under the reference",
 }
 PER_RESPONSE = ("prompt", "reference", "reward", "reason", "truncated", "group", "piece")
-PER_TOKEN = ("log_prob", "ref_log_prob", "entropy", "advantage")  # of kept groups
+PER_TOKEN = ("log_prob", "ref_log_prob", "entropy", "advantage", "prm_log_prob", "step_id")  # of kept groups
 PAGE_TOKENS = 50_000  # of about 80 bytes: groups beyond stay out of a page
 TEMPLATE = Path(__file__).with_name("inspector_template.html")
 
@@ -136,15 +136,19 @@ def with_terms(kept: list[dict], config: dict) -> str:
     """Add `values`, the views by name, to all lines of kept groups -> whether advantages come out as dumped."""
     if not kept:
         return "⚠ no group of this step was kept (algorithm.keep_accuracy)"
-    a, has_reference = config["algorithm"], all("ref_log_prob" in line for line in kept)
+    a, has_reference = config["algorithm"], "ref_log_prob" in kept[0]
     mask = pad_sequence([torch.ones(len(line["piece"]), dtype=torch.bool) for line in kept], True)
-    log_probs, dumped = (pad_sequence([line[name] for line in kept], True) for name in ("log_prob", "advantage"))
-    reference = pad_sequence([line["ref_log_prob"] for line in kept], True) if has_reference else log_probs
+    padded = {name: pad_sequence([line[name] for line in kept], True) for name in PER_TOKEN if name in kept[0]}
+    log_probs, dumped, steps = padded["log_prob"], padded["advantage"], padded.get("step_id")
+    reference, process = (
+        padded.get("ref_log_prob", log_probs),
+        padded.get("prm_log_prob", log_probs),
+    )  # PRIME: its PRM's
     rewards = torch.tensor([line.get("shaped_reward", line["reward"]) for line in kept], dtype=torch.float64)
-    group = (mask, config["sample"]["group_size"], a["beta"])
+    group = (mask, config["sample"]["group_size"], a["beta"], None if steps is None else steps.long())
     try:
         advantage_of = ADVANTAGES[a["advantage"]]
-        recomputed, outcome = (advantage_of(rewards, log_probs, ref, *group) for ref in (reference, log_probs))
+        recomputed, outcome = (advantage_of(rewards, process, ref, *group) for ref in (reference, process))
         gap = (recomputed - dumped).abs().max().item()
         agree = torch.allclose(recomputed, dumped, rtol=1e-3, atol=1e-4)
         result = (

@@ -333,12 +333,12 @@ def along(run: Run, x: str) -> np.ndarray:
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
     """[points, 3]: mean x, mean and sd of the metric over runs, at each step where any run has it."""
-    points = []
+    points, positions = [], {id(run): along(run, x) for run in members}
     for step in range(max(len(run.rows) for run in members)):
         having = [run for run in members if step < len(run.rows) and metric in run.rows[step]]
         ys = np.array([run.rows[step][metric] for run in having], dtype=float)
         if np.isfinite(ys).any():
-            xs = [along(run, x)[step] for run in having]
+            xs = [positions[id(run)][step] for run in having]
             points.append((np.mean(xs), np.nanmean(ys), np.nanstd(ys, ddof=1) if np.isfinite(ys).sum() > 1 else 0.0))
     return np.array(points).reshape(-1, 3)
 
@@ -362,19 +362,26 @@ def draw(groups: dict[str, list[Run]], folder: Path) -> list[str]:
             if not any(len(points) for points in curves.values()):
                 continue
             figure, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
-            for (name, points), (colour, line, marker) in zip(curves.items(), STYLES, strict=False):
+            for i, ((name, points), (colour, line, marker)) in enumerate(zip(curves.items(), STYLES, strict=False)):
                 if not len(points):
                     continue
                 n, (xs, mean, sd) = len(groups[name]), points.T
                 often = max(1, len(points) // 8)
                 axes.fill_between(xs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
-                style = {"color": colour, "linestyle": line, "marker": marker, "markevery": often, "markersize": 5}
+                style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
+                style["markevery"] = (i * often // len(curves), often)  # markers side by side, not on each other
                 axes.plot(xs, mean, label=f"{name} (n {n})", linewidth=1.5, **style)
             axes.set(xlabel=x, ylabel=label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             figure.legend(
-                loc="outside lower center", ncols=min(4, len(curves)), frameon=False, fontsize=8, handlelength=4
+                loc="outside lower center",
+                ncols=min(4, len(curves)),
+                frameon=False,
+                fontsize=8,
+                handlelength=4,
+                title="mean and sd over runs",
+                title_fontsize=8,
             )
             name = file if len(parts) == 1 else f"{file}-{number}"
             for suffix in ("png", "svg"):

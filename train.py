@@ -273,7 +273,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
     """
     run.fresh_folder(folder)
     t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
-    demonstrate, size = data.DEMONSTRATORS[config.data.source], WARM_START_BATCH
+    demonstrate, size = data.demonstrator(config.data), WARM_START_BATCH
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
         bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
         for step in bar:
@@ -524,6 +524,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             per_token = {"log_prob": old_log_probs, "entropy": entropy, "advantage": advantages}
             per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
             per_token |= {"prm_log_prob": process_log_probs} if config.needs_prm else {}
+            per_token |= {"step_id": step_ids} if by_line else {}
             file = folder / "samples" / f"step_{step:06d}.jsonl"
             dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rewards, rows, per_token)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -102,6 +103,22 @@ def test_noisy_demonstrations_err_and_repeat_at_their_rates_and_carry_errors_on(
     assert_rates(errors[True], large)  # one too high by misconception, and then a slip as well
     assert data.REPEATS == (0.0, 0.5, 1.0)  # one of these for all four steps of a demonstration
     assert_rates(repeats, {k: ((k == 0) + coin[k] + (k == 4)) / 3 for k in range(5)})
+
+
+def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
+    config, right = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4, repeat_slip=0.5), Counter()
+    for i, problem in enumerate(load_problems(config, 0)[0]):
+        if "*" not in problem.prompt:  # no misconception
+            text = data.demonstrator(config)(problem.prompt, data.random_for(0, Draw.DEMONSTRATE, i))
+            lines = re.findall(r"[a-z](\d)([-+])(\d)=(\d);", text.replace(")", ""))
+            for value, operator, digit, result in lines:
+                right["(" in text, apply(int(value), operator, int(digit)) == int(result)] += 1
+    mixed = (data.SLIP / 3 + 0.5 / 48) / (1 / 3 + 1 / 48)  # a coin that fell on "no repeat" four times repeats nothing
+    for repeats, rate in ((True, 0.5), (False, mixed)):
+        n = right[repeats, True] + right[repeats, False]
+        assert abs(right[repeats, False] / n - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
+    with pytest.raises(ValueError, match="repeat_slip"):
+        DataConfig(repeat_slip=1.5)
 
 
 def test_text_survives_the_tokenizer_and_the_tokenizer_survives_saving(tmp_path):

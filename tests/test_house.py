@@ -48,7 +48,7 @@ def test_imports_run_one_way():
     for i, name in enumerate(order):
         ours = imported(SOURCES[name]) & set(order)
         assert ours <= set(order[:i]), f"{name} imports {ours - set(order[:i])}"
-    assert not imported(SOURCES["spro"]) & set(order)
+    assert not imported(SOURCES["spro"]) & set(order) and not imported(SOURCES["report"]) & {*order, "torch"}
     assert imported(SOURCES["reward"]) & set(order) == {"answers", "sandbox"}
     assert imported(SOURCES["sandbox"]) <= set(sys.stdlib_module_names)
     assert not (imported(SOURCES["reward"]) | imported(SOURCES["answers"])) & {"torch", "transformers", "numpy"}
@@ -84,7 +84,7 @@ def test_every_config_field_is_read_somewhere():
 def test_the_budget_of_knobs_and_lines_holds():
     assert len(run.all_keys(train.Config)) <= 72
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SOURCES}
-    assert sum(lines.values()) <= 6600 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2000
+    assert sum(lines.values()) <= 6600 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2050
     for name, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (name, node.name) != ("train", "train"):  # the visible loop
@@ -111,7 +111,7 @@ def test_the_readme_names_only_files_keys_and_flags_that_exist():
         r"(?<![\w./])((?:model|data|sample|reward|algorithm|prime|train|eval)\.\w+)(?==|`|:)", README
     ):
         assert key in known or (ROOT / f"{key}").exists() or key.endswith((".from_pretrained", ".py")), key
-    for script in ("sample", "eval", "reward"):
+    for script in ("sample", "eval", "reward", "sweep", "report"):
         assert f"python {script}.py" in (ROOT / f"{script}.py").read_text()
 
 
@@ -139,7 +139,7 @@ def test_the_readme_lists_every_estimator_once():
     assert sorted(re.findall(r"^\| `(\w+)`", table, re.M)) == sorted(spro.ADVANTAGES)
 
 
-@pytest.mark.parametrize("script", ["sample.py", "eval.py"])
+@pytest.mark.parametrize("script", ["sample.py", "eval.py", "sweep.py", "report.py"])
 def test_scripts_explain_themselves(script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
