@@ -327,8 +327,10 @@ def along(run: Run, x: str) -> np.ndarray:
         return np.arange(len(run.rows), dtype=float)
     if x.startswith("seconds"):
         return np.cumsum([row.get("time/step", 0.0) for row in run.rows])
-    responses = run.config.get("train.prompts_per_step", 1) * run.config.get("sample.group_size", 1)
-    return np.cumsum([row.get("response_length/mean", 0.0) * responses for row in run.rows])
+    prompts, group_size = run.config.get("train.prompts_per_step", 1), run.config.get("sample.group_size", 1)
+    groups = [row.get("groups/sampled", prompts) for row in run.rows]
+    lengths = [row.get("response_length/mean", 0.0) for row in run.rows]
+    return np.cumsum(np.multiply(groups, lengths)) * group_size
 
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
