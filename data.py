@@ -385,9 +385,15 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
             batches = optional("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches()
             rows = (row for batch in batches for row in batch.to_pylist())
         else:
+            if Path(path).is_file():
+                raise ValueError("a file of another kind")
             name, _, split_name = path.partition("@")
             name, _, subset = name.partition(":")
-            rows = optional("datasets", "datasets").load_dataset(name, subset or None, split=split_name or "train")
+            hub = optional("datasets", "datasets")
+            try:
+                rows = hub.load_dataset(name, subset or None, split=split_name or "train")
+            except hub.exceptions.DatasetsError as error:
+                raise ValueError(error) from error
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -551,7 +557,10 @@ def encode_prompts(
                 fitting.append(problem)
                 rows.append(array("i", ids))
     if not fitting:
-        raise BadInput(f"all {len(problems)} prompts are longer than {limit} tokens: raise data.max_prompt_tokens")
+        raise BadInput(
+            f"all {len(problems)} prompts are longer than {limit} tokens: raise data.max_prompt_tokens, or, where the "
+            "model's context is the limit, lower sample.max_new_tokens"
+        )
     if len(fitting) < len(problems):
         say(f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer than {limit} tokens")
     return fitting, TokenIds(rows)

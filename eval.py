@@ -10,7 +10,8 @@ A benchmark is a dataset of data.ROWS. Every response is saved with its verdict 
 command goes on where a killed one stopped, and prints the same row as if it had not been killed.
 """
 
-import argparse
+import preflight  # noqa: F401  # isort: skip  (first of all)
+
 import json
 import resource
 import shlex
@@ -41,7 +42,24 @@ from data import (
 )
 from model import memory_plan
 from reward import RewardConfig, configure, grade, isolation, last_box
-from run import BadInput, append_line, command_line, on_first_rank, rank, say, shared, start_processes, world_size
+from run import (
+    EXIT_STOPPED,
+    BadInput,
+    Parser,
+    RunStopped,
+    append_line,
+    command_line,
+    enough_memory,
+    hold,
+    on_first_rank,
+    rank,
+    saved_block,
+    saved_config,
+    say,
+    shared,
+    start_processes,
+    world_size,
+)
 from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
 from spro import OUTCOME_ONLY
 
@@ -61,6 +79,7 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))
 
 
+@enough_memory("evaluate")
 def evaluate(
     model, tokenizer, problems: list[Problem], prompts: list[list[int]], config: SampleConfig, grader: str, seed: int
 ) -> dict[str, float]:
@@ -78,7 +97,7 @@ def evaluate(
         verdicts = shared(lambda part: grade(part, grader), answers)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if not scores:
-            raise RuntimeError(f"no held-out response could be graded; the first: {verdicts[0].reason}")
+            raise RunStopped(f"no held-out response has a verdict: does reward.grader fit? {verdicts[0].reason}")
         metrics[name] = sum(scores) / len(scores)
         if temperature:
             metrics["eval/response_length"] = rollout.mask.sum(1).double().mean().item()
@@ -171,9 +190,10 @@ def peak_gib() -> float:
 
 @contextmanager
 def timed(seconds: dict[str, float], key: str):
-    """Add the seconds that the block takes to `seconds`."""
+    """Add the seconds that a stage takes to `seconds`; where it runs out of memory, say so by its name."""
     start = time.perf_counter()
-    yield
+    with enough_memory(key.removeprefix("time/")):
+        yield
     seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
 
@@ -357,13 +377,20 @@ def read_outputs(file: Path) -> tuple[dict, list[dict]]:
 
 
 def open_outputs(file: Path, settings: dict) -> int:
-    """Make FILE, or cut it back to whole problems -> how many it has. BadInput if it is another evaluation's."""
+    """Make FILE, or cut it back to whole problems -> how many it has.
+
+    BadInput if it is another evaluation's, if one that still runs writes it, or if it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hold(file.with_name(f"{file.name}.lock"), f"--output {file}")
+    except OSError as error:
+        raise BadInput(f"{file} cannot be written: {error}") from error
     saved, rows = read_outputs(file) if file.exists() else (settings, [])
     if saved != settings:
         changed = ", ".join(f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v)
         raise BadInput(f"{file} holds another evaluation ({changed}): choose another --output")
     done = len(rows) // settings["samples"]
-    file.parent.mkdir(parents=True, exist_ok=True)
     kept = [{"settings": settings}, *rows[: done * settings["samples"]]]
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -377,7 +404,10 @@ def benchmark_prompts(args, model, tokenizer, config: dict, max_new_tokens: int)
     system, chat = args.system_prompt or own.get("system_prompt", ""), own.get("chat_template", True) and not args.plain
     if own.get("source", "").startswith("eurus") and not system:
         say("note: this run's training rows brought a system prompt of their own; give it by --system-prompt")
-    data = DataConfig(source=args.benchmark, path=args.data, prompt=args.prompt, system_prompt=system)
+    try:
+        data = DataConfig(source=args.benchmark, path=args.data, prompt=args.prompt, system_prompt=system)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error
     problems = dressed(read_problems(args.benchmark, args.data), data)[: args.limit]
     require_graders(problems, args.grader)
     return encode_prompts(problems, tokenizer, context_left(model, max_new_tokens, sys.maxsize), chat)
@@ -387,8 +417,8 @@ def benchmark(args) -> None:
     """Sample, grade and save a few problems after the other; the ranks share the rows of each lot."""
     start_processes(timeout_minutes=24 * 60)
     model, tokenizer, config = open_run(args.run_or_model)
-    configure(RewardConfig(**config.get("reward", {})))
-    sampling = SampleConfig(**config.get("sample", {"max_new_tokens": 3072}))
+    configure(saved_block(RewardConfig, config, "reward"))
+    sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
     settings = {key: getattr(args, key) for key in ("run_or_model", "benchmark", "samples", "temperature", "grader")}
@@ -448,11 +478,12 @@ def regrade(args) -> None:
 
 def held_out_accuracy(args) -> None:
     """Of a run's model on the run's own held-out prompts."""
-    if not (Path(args.run_or_model) / "config.yaml").exists():
+    if not saved_config(Path(args.run_or_model)):
         raise BadInput(f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a --benchmark")
     model, tokenizer, config = open_run(args.run_or_model)
-    configure(RewardConfig(**config["reward"]))
-    settings, data, grader = SampleConfig(**config["sample"]), DataConfig(**config["data"]), config["reward"]["grader"]
+    configure(saved_block(RewardConfig, config, "reward"))
+    settings, data = saved_block(SampleConfig, config, "sample"), saved_block(DataConfig, config, "data")
+    grader = config["reward"]["grader"]
     limit = context_left(model, settings.max_new_tokens, data.max_prompt_tokens)
     held_out = load_problems(data, config["seed"], grader)[1]
     problems, prompts = encode_prompts(held_out, tokenizer, limit, data.chat_template)
@@ -469,7 +500,7 @@ def held_out_accuracy(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy on a run's held-out prompts, or on a benchmark.")
+    parser = Parser(description="Accuracy on a run's held-out prompts, or on a benchmark.")
     parser.add_argument("run_or_model", nargs="?", help="a run folder; for a benchmark also a model folder or Hub id")
     parser.add_argument("--limit", "--prompts", type=int, help="the first ones alone; default: eval.prompts, or all")
     parser.add_argument("--seed", type=int, help="of the sampling; default: the run's, for a benchmark 0")
@@ -489,12 +520,19 @@ def main() -> None:
         raise BadInput("--temperature must not be negative, and several --samples need one above 0")
     if min(args.samples, *(1 if n is None else n for n in (args.limit, args.max_new_tokens))) < 1:
         raise BadInput("--samples, --limit and --max-new-tokens must be at least 1")
+    if (args.seed or 0) < 0:
+        raise BadInput("--seed must not be negative")
+    if not args.benchmark and not args.regrade and (args.samples > 1 or args.temperature or args.max_new_tokens):
+        raise BadInput("--samples, --temperature and --max-new-tokens are a --benchmark's: a run has its own")
     if args.regrade:
         regrade(args)
     elif not args.run_or_model or bool(args.benchmark) != bool(args.data):
         raise BadInput("give a run folder; or RUN_OR_MODEL --benchmark NAME --data FILE; or --regrade OUTPUTS")
     elif args.benchmark:
-        benchmark(args)
+        try:
+            benchmark(args)
+        except KeyboardInterrupt as error:
+            raise RunStopped("what was graded is saved; the same command goes on", EXIT_STOPPED) from error
     else:
         held_out_accuracy(args)
 

@@ -47,7 +47,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from data import Draw, random_for, require_at_least
-from run import BadInput, RunStopped, all_reduce, on_first_rank, rank, world_size
+from run import BadInput, RunStopped, all_reduce, enough_memory, on_first_rank, rank, world_size
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or a mistyped path brings a dozen lines of retries
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
@@ -102,7 +102,13 @@ def build(config: ModelConfig, tokenizer, seed: int):
         raise BadInput(f"model.scratch: {settings['model_type']} has no {unknown[0]!r}")
     with torch.random.fork_rng(devices=[]):  # initialisation is the one user of torch's global generator
         torch.manual_seed(int(random_for(seed, Draw.WEIGHTS).integers(2**31)))
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attention)
+        try:
+            options = {"dtype": torch.float32, "attn_implementation": config.attention}
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
+        except (ImportError, ValueError) as error:
+            raise BadInput(
+                f"model.attention={config.attention}: {str(error).splitlines()[0]} (sdpa works anywhere)"
+            ) from error
     return _prepare(model, tokenizer)
 
 
@@ -129,6 +135,7 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False):
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "" if Path(path).is_dir() else "there is no such folder here, and the Hub gave none: "
+        where += "" if attention == "sdpa" else f"with model.attention={attention} (sdpa works anywhere): "
         raise BadInput(f"no causal language model could be loaded from {str(path)!r}: {where}{reason}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
@@ -223,6 +230,7 @@ def shard_size(config: ModelConfig) -> int:
     return split
 
 
+@enough_memory("load")
 def shard(model, config: ModelConfig, device: torch.device, offload: bool = False):
     """Put the model on `device`, its weights split over the ranks by FSDP2 wherever there is a process group.
 

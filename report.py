@@ -441,6 +441,7 @@ def watch(paths: list[Path], seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = end
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument(
         "--baseline", metavar="NAME", help="the row that others are compared with (grpo, else the first)"
@@ -483,4 +484,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        end(str(error))

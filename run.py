@@ -10,22 +10,27 @@ manifest, takes the newest checkpoint that holds, and reads tensors (safetensors
     runs/NAME/checkpoints/step_*/    shard-*.safetensors (weights and optimizer moments), state.json, manifest.json
     runs/NAME/warm_start/            metrics.jsonl and model/, where the model was built from scratch
     runs/NAME/model/                 the trained model, for `from_pretrained`
+    runs/NAME/lock                   held by the process that works here
 """
 
+import argparse
 import dataclasses
 import difflib
 import errno
 import faulthandler
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -41,9 +46,23 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # ch
 EXIT_BAD_INPUT = 2  # the user can mend it
 EXIT_FAILED = 1  # the run cannot go on
 EXIT_STOPPED = 75  # SIGTERM or Ctrl-C: saved, `resume=true` goes on (EX_TEMPFAIL, "try again later")
+UNWRITABLE = tuple(getattr(errno, f"E{name}") for name in ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO"))
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of the driver, a CPU, the libraries
+MEMORY_KNOBS = {  # stage -> what makes it need less memory
+    "load": "give each GPU less by more of them (model.shard), or set model.offload_reference=true",
+    "warm_start": "lower train.micro_batch_tokens",
+    "evaluate": "lower sample.batch_tokens",
+    "sample": "lower sample.batch_tokens",
+    "log_probs": "lower train.micro_batch_tokens",
+    "prm": "lower train.micro_batch_tokens",
+    "update": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
+}
 SMALL_MODEL = 2_000_000  # parameters
+ABSENT = "no such key"  # a config of another version of this code has keys more or less
+LOCK_TRIES = 50  # ten a second: a killed process takes its time to die, and lets go of its run folder only then
 CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
     *("run_dir", "resume", "overwrite", "dry_run", "eval."),
+    *("model.gradient_checkpointing", "model.offload_reference", "sample.batch_tokens", "train.micro_batch_tokens"),
     *(
         "model.shard",
         "model.replicate",
@@ -78,10 +97,12 @@ def command_line(main) -> None:
         _end(f"error: {error}", EXIT_BAD_INPUT)
     except RunStopped as stop:
         _end(f"stopped: {stop}", stop.code)
+    except torch.OutOfMemoryError as error:  # in no stage of a run
+        _end(f"stopped: {told(error)}: take fewer --samples or --max-new-tokens", EXIT_FAILED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in UNWRITABLE:
             raise
-        _end(f"stopped: cannot write: {error}; make room, then resume=true", EXIT_FAILED)
+        _end(f"stopped: cannot write: {error}; mend that, then start it again (train.py: resume=true)", EXIT_FAILED)
     if dist.is_initialized():  # only at a good end: after a failure on one rank the others may never come to it
         dist.destroy_process_group()
 
@@ -89,6 +110,32 @@ def command_line(main) -> None:
 def _end(message: str, code: int) -> None:
     print(f"[rank {rank()}] {message}" if rank() else message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose complaints are one line, as all of ours are."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (python {self.prog} --help)")
+
+
+def told(error: Exception) -> str:
+    """The two sentences in which torch says what did not fit into memory; more would be a wall of text."""
+    return ". ".join(" ".join(str(error).split()).split(". ")[:2])
+
+
+@contextmanager
+def enough_memory(stage: str):
+    """Where the block runs out of memory, RunStopped names the stage and what makes it need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        raise RunStopped(
+            f"out of memory in stage {stage} ({told(error)}): {MEMORY_KNOBS.get(stage, 'give it less')}; "
+            "resume=true goes on from the newest checkpoint"
+        ) from error
 
 
 # --- configuration ------------------------------------------------------------------------------------------------
@@ -185,8 +232,9 @@ def read_config(cls, arguments: list[str], default: Path):
     """
     overrides = [a for a in arguments if "=" in a]
     files = [a for a in arguments if "=" not in a]
-    if len(files) > 1 or any(a.startswith("-") for a in arguments):
-        raise BadInput(f"usage: [CONFIG.yaml] [key=value ...], not {' '.join(arguments)!r}")
+    if len(files) > 1 or any(a.startswith(("-", "=")) for a in arguments):
+        given = " ".join(arguments)
+        raise BadInput(f"usage: [CONFIG.yaml] [key=value ...], no dashes, no spaces around '=', not {given!r}")
     path = Path(files[0]) if files else default
     values = read_yaml(path)
     for override in overrides:
@@ -205,6 +253,27 @@ def read_config(cls, arguments: list[str], default: Path):
     config = build_config(cls, values, all_keys(cls))
     config.run_dir = config.run_dir or f"runs/{path.stem}"
     return config
+
+
+def saved_config(folder: Path) -> dict:
+    """What a run wrote of its config; {} where the folder holds no run. Raises BadInput where it cannot be read."""
+    file = folder / "config.yaml"
+    try:
+        saved = yaml.safe_load(file.read_text()) if file.exists() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return saved if isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys() else {}
+
+
+def saved_block(cls, config: dict, name: str):
+    """Block `name` of a saved config, or its defaults. Raises BadInput where another version of this code wrote it."""
+    try:
+        return cls(**config.get(name, {}))
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"the run's config.yaml holds a block {name!r} that this version of the code cannot read ({error}): "
+            "check out the commit that its first lines name"
+        ) from error
 
 
 def plain(config) -> dict:
@@ -234,7 +303,9 @@ def start_processes(timeout_minutes: float) -> torch.device:
 
     On a GPU even a single process forms a group of one, so that FSDP keeps master weights and compute type apart.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu and local > torch.cuda.device_count():
+        raise BadInput(f"{local} processes were started here for {torch.cuda.device_count()} GPU(s): one each, no more")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -344,9 +415,12 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 def changes(saved: dict, config: dict) -> str:
     """`key: before -> now, ...` of what a resumed run may not change; empty if nothing."""
-    before, now = flat(saved), flat(config)
-    changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(CHANGEABLE)]
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+    sides, diff = (flat(saved), flat(config)), []
+    for key in sides[0] | sides[1]:
+        before, now = (side.get(key, None if key.startswith("model.scratch.") else ABSENT) for side in sides)
+        if before != now and not key.startswith(CHANGEABLE):
+            diff.append(f"{key}: {before} -> {now}")
+    return ", ".join(diff)
 
 
 def _write_atomically(file: Path, text: str) -> None:
@@ -373,12 +447,40 @@ def append_line(file: Path, row: dict) -> None:
             out.write(json.dumps(row) + "\n")
 
 
+_locks: list = []  # the open file of the lock that this process holds
+
+
+def hold(lock: Path, what: str) -> None:
+    """Lock a file while this process lives, instead of the one before; the kernel lets go of it at any kind of end.
+
+    Raises BadInput where another process holds it. Where the file system knows no locks there is none.
+    """
+    while _locks:
+        _locks.pop().close()
+    file = lock.open("a+")
+    for tries_left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not tries_left:
+                file.seek(0)
+                holder = file.read() or "another process"
+                raise BadInput(f"{what} is in use by {holder}: wait for it, stop it, or choose another") from error
+            time.sleep(0.1)
+        except OSError:
+            return
+    _locks.append(file)
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+
+
 def open_run_folder(config: dict) -> Path:
     """Make or reopen `run_dir` and write config.yaml there. All ranks call it.
 
-    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), is no run folder, holds the
-    model to start from (and overwrite was given), cannot be written, is not seen by all ranks, or holds a run whose
-    config differs in a key that matters.
+    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), belongs to a process that
+    still runs, is no run folder, holds the model to start from (and overwrite was given), cannot be written, is not
+    seen by all ranks, or holds a run whose config differs in a key that matters.
     """
     run = on_first_rank(lambda: _open_run_folder(config))
     if not (run / "config.yaml").exists():
@@ -390,15 +492,22 @@ def _open_run_folder(config: dict) -> Path:
     run, file, header = Path(config["run_dir"]), Path(config["run_dir"]) / "config.yaml", ""
     try:
         # A folder that was killed before it had its config.yaml holds nothing: it counts as empty.
-        in_use = run.is_dir() and any(path.name != "config.yaml.tmp" for path in run.iterdir())
-        saved = yaml.safe_load(file.read_text()) if file.exists() else None
-        if in_use and not (isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys()):
+        in_use = run.is_dir() and any(path.name not in ("config.yaml.tmp", "lock") for path in run.iterdir())
+        saved = saved_config(run)
+        if in_use and not saved:
             raise BadInput(f"run_dir {run} is not a run folder (no config.yaml of a run): choose another run_dir=...")
         if in_use and not (config["resume"] or config["overwrite"]):
             raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
+        run.mkdir(parents=True, exist_ok=True)
+        hold(run / "lock", f"run_dir {run}")
         if in_use and config["resume"]:
             header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
             if diff := changes(saved, config):
+                if ABSENT in diff:
+                    raise BadInput(
+                        f"run_dir {run} was made by another version of this code ({diff}): check out the commit that "
+                        f"{file} names, or start another run"
+                    )
                 raise BadInput(f"run_dir {run} was made with another config ({diff}): undo that, or start another run")
         elif in_use:
             if run.resolve() in Path(config["model"]["path"]).resolve().parents:
@@ -407,12 +516,13 @@ def _open_run_folder(config: dict) -> Path:
             shutil.rmtree(doomed, ignore_errors=True)
             run.rename(doomed)
             shutil.rmtree(doomed)
-        run.mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True)
+            hold(run / "lock", f"run_dir {run}")
         header += "".join(f"# {key}: {value}\n" for key, value in provenance().items())
         _write_atomically(file, header + yaml.safe_dump(config, sort_keys=False))
         for folder in ("samples", "checkpoints"):
             (run / folder).mkdir(exist_ok=True)
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
         raise BadInput(f"run_dir {run} cannot be used: {error}") from error
     return run
 

@@ -10,7 +10,8 @@ Every token is chosen by inverting the cumulative distribution at one uniform nu
 batched, on which rows have finished, or on how many processes share the work.
 """
 
-import argparse
+import preflight  # noqa: F401  # isort: skip  (first of all)
+
 import json
 import re
 import sys
@@ -20,14 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from data import DataConfig, Draw, Problem, dressed, encode_prompts, load_problems, random_for, require_at_least
 from model import ModelConfig, first_of_each_prompt, load
 from reward import grade
-from run import BadInput, choose_threads, command_line, rank, shared
+from run import BadInput, Parser, choose_threads, command_line, rank, saved_block, saved_config, shared
 
 COMPACT_AT = 0.75  # rows that have stopped leave the batch when no more than this part of it goes on
 ROOM = 64  # tokens that keys and values get room for ahead of time
@@ -373,15 +373,16 @@ def dump_rollout(
 
 def open_run(path: str):
     """(model, tokenizer, the run's config or {}) of a run folder, or of any causal LM; on a GPU if there is one."""
-    file, config = Path(path) / "config.yaml", {}
-    if file.exists():
-        config, path = yaml.safe_load(file.read_text()), str(Path(path) / "model")
+    config = saved_config(Path(path))
+    if config:
+        path = str(Path(path) / "model")
         if not Path(path).is_dir():
             raise BadInput(f"{path} is not there: the run's training has not ended; resume=true goes on with it")
-    settings = ModelConfig(**config.get("model", {}))
-    model, tokenizer = load(path, settings.attention)
-    choose_threads(model.num_parameters())
+    settings = saved_block(ModelConfig, config, "model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flash_on_cpu = device.type == "cpu" and "flash" in settings.attention
+    model, tokenizer = load(path, "sdpa" if flash_on_cpu else settings.attention)
+    choose_threads(model.num_parameters())
     model.compute_device = device
     return model.to(device, getattr(torch, settings.dtype) if device.type == "cuda" else None), tokenizer, config
 
@@ -397,7 +398,7 @@ def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:
 def main() -> None:
     import inspector  # of the script alone
 
-    parser = argparse.ArgumentParser(description="Print what a model writes.")
+    parser = Parser(description="Print what a model writes.")
     parser.add_argument("run_or_model", help="a run folder, or a model folder or Hub id")
     parser.add_argument("prompt", nargs="?", help="default: some of the run's held-out prompts")
     parser.add_argument("--samples", type=int, default=4, help="responses to a prompt, or held-out prompts shown")
@@ -408,16 +409,16 @@ def main() -> None:
     args = parser.parse_args()
     if inspector.asked_for(args):
         return inspector.main(args)
+    if min(args.temperature or 0, args.seed) < 0 or min(args.samples, args.max_new_tokens or 1) < 1:
+        raise BadInput("--temperature and --seed must not be negative, --samples, --max-new-tokens must be at least 1")
     model, tokenizer, config = open_run(args.run_or_model)
-    settings = SampleConfig(**config.get("sample", {}))
-    if (args.temperature or 0) < 0 or args.samples < 1 or (args.max_new_tokens or 1) < 1:
-        raise BadInput("--temperature must not be negative, --samples and --max-new-tokens must be at least 1")
+    settings = saved_block(SampleConfig, config, "sample")
     settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
-    data_config = DataConfig(**config.get("data", {}))
+    data_config = saved_block(DataConfig, config, "data")
 
     if args.prompt is not None:  # asked as the run asked its problems
         asked = dressed([Problem(args.prompt, None, "")], data_config)
-        prompts = encode_prompts(asked, tokenizer, sys.maxsize, data_config.chat_template)[1] * args.samples
+        prompts = [*encode_prompts(asked, tokenizer, sys.maxsize, data_config.chat_template)[1]] * args.samples
         problems = []
         longest = context_left(model, settings.max_new_tokens, len(prompts[0]))
         if len(prompts[0]) > longest:

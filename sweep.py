@@ -8,6 +8,8 @@ share a warm start of seed W, in OUT/warm_starts; a config with a model.path sta
 leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
 """
 
+import preflight  # noqa: F401  # isort: skip  (first of all)
+
 import argparse
 import fcntl
 import json
@@ -23,7 +25,7 @@ import yaml
 from tqdm import tqdm
 
 import run
-from run import BadInput, RunStopped
+from run import BadInput, Parser, RunStopped
 from train import Config
 
 SEEDS_APART = 1000  # from the seeds of one warm start to those of the next
@@ -98,7 +100,7 @@ def run_all(waiting: dict[str, list[str]], jobs: int, what: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.yaml | key=value")
     parser.add_argument("--seeds", type=int, default=5, help="runs of a config from each warm start (5)")
     parser.add_argument("--warm-starts", type=int, default=1, help="warm starts, each from its own seed (1)")

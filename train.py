@@ -10,6 +10,8 @@ depend on the number of ranks; sampling, grading, scoring and the backward passe
 is listed in run.py.
 """
 
+import preflight  # noqa: F401  # isort: skip  (first of all)
+
 import math
 import shutil
 import sys
@@ -121,6 +123,8 @@ class Config:
     def __post_init__(self):
         t, group_size = self.train, self.sample.group_size
         require_at_least(0, self, "seed")
+        if self.resume and self.overwrite:
+            raise ValueError("resume=true goes on with what is in run_dir, overwrite=true deletes it: give one of them")
         responses = t.prompts_per_step * group_size
         if responses % t.mini_batch_size:
             raise ValueError(
@@ -237,6 +241,7 @@ def imitation_losses(policy, rollout: Rollout, micro_batch_tokens: int) -> Itera
     return likelihood_losses(policy, rollout, weights, 1.0, micro_batch_tokens)
 
 
+@run.enough_memory("update")
 def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_term) -> dict[str, float]:
     """How the two halves of Eq. 13 push: cosine of their gradients, and the ratio of their norms, |step| / |outcome|.
 
@@ -265,6 +270,7 @@ def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_te
     return {"gradient/cosine": ab / math.sqrt(aa * bb), "gradient/norm_ratio": math.sqrt(bb / aa)}
 
 
+@run.enough_memory("warm_start")
 def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Path) -> None:
     """Teach a new model the task from demonstrations: right and concise ones first, then the noisy demonstrator's.
 
@@ -367,7 +373,6 @@ def main() -> None:
         return
     config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = run.start_processes(config.train.timeout_minutes)
-    run.catch_signals()
     configure(config.reward)
     if config.train.tensorboard:  # now, not after the warm start
         data.optional("torch.utils.tensorboard", "tensorboard")
@@ -389,6 +394,7 @@ def main() -> None:
         return
 
     model.shard_size(config.model)  # before anything is written
+    run.catch_signals()
     folder = run.open_run_folder(run.plain(config))
     policy, reference, start_hash = start_models(config, folder, device, policy, tokenizer, problems, prompts)
     models = {"policy": policy}

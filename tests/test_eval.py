@@ -12,6 +12,7 @@ import eval as eval_module
 from data import DataConfig, chain_solution, chain_tokenizer, encode_prompts, load_problems
 from eval import evaluate, sampling_metrics, token_metrics, wilson_interval
 from reward import GRADERS
+from run import RunStopped
 from sample import Rollout, SampleConfig, sample
 
 CONFIG = SampleConfig(max_new_tokens=9, temperature=0.8)
@@ -76,7 +77,7 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
         "eval/n": 28,
     }
     assert asked == [(30, {5}, 1, 0.8), (30, {5}, 1, 0.0)]
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):  # no verdict at all is no accuracy of 0
+    with pytest.raises(RunStopped, match="ZeroDivisionError"):  # no verdict at all is no accuracy of 0
         evaluate(None, TOKENIZER, problems[:2], prompts[:2], CONFIG, "crash", 5)
 
 

@@ -42,13 +42,14 @@ def imported(tree):
 
 
 def test_imports_run_one_way():
-    order = ["run", "spro", "answers", "sandbox", "reward", "data", "model", "inspector", "sample", "eval", "prime"]
-    order += ["train", "sweep", "report"]
+    order = ["preflight", "run", "spro", "answers", "sandbox", "reward", "data", "model", "inspector", "sample", "eval"]
+    order += ["prime", "train", "sweep", "report"]
     assert set(order) == SOURCES.keys()
     for i, name in enumerate(order):
         ours = imported(SOURCES[name]) & set(order)
         assert ours <= set(order[:i]), f"{name} imports {ours - set(order[:i])}"
     assert not imported(SOURCES["spro"]) & set(order) and not imported(SOURCES["report"]) & {*order, "torch"}
+    assert not imported(SOURCES["preflight"]) - set(sys.stdlib_module_names)
     assert imported(SOURCES["reward"]) & set(order) == {"answers", "sandbox"}
     assert imported(SOURCES["sandbox"]) <= set(sys.stdlib_module_names)
     assert not (imported(SOURCES["reward"]) | imported(SOURCES["answers"])) & {"torch", "transformers", "numpy"}
@@ -84,7 +85,7 @@ def test_every_config_field_is_read_somewhere():
 def test_the_budget_of_knobs_and_lines_holds():
     assert len(run.all_keys(train.Config)) <= 72
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SOURCES}
-    assert sum(lines.values()) <= 6600 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2050
+    assert sum(lines.values()) <= 6700 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2050
     for name, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (name, node.name) != ("train", "train"):  # the visible loop
