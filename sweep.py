@@ -11,7 +11,6 @@ leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs unde
 import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import argparse
-import fcntl
 import json
 import os
 import signal
@@ -62,10 +61,9 @@ def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[in
 
 
 def start(folder: str, arguments: list[str]) -> subprocess.Popen:
-    """train.py, under way; it holds a lock on its log, even if this process is killed. OSError if one does already."""
+    """train.py, under way; it refuses a folder in which one that an earlier sweep left alive is still at work."""
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments, f"run_dir={folder}"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -73,22 +71,19 @@ def start(folder: str, arguments: list[str]) -> subprocess.Popen:
 
 def run_all(waiting: dict[str, list[str]], jobs: int, what: str) -> int:
     """Runs {folder: arguments}, `jobs` at a time -> how many failed, each named on stderr."""
-    bar, running, failures = tqdm(total=len(waiting), desc=what), {}, {}
+    bar, running, failed = tqdm(total=len(waiting), desc=what), {}, 0
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder = next(iter(waiting))
-                try:
-                    running[folder] = start(folder, waiting.pop(folder))
-                except OSError as error:
-                    failures[folder] = f"{error.strerror} (is an earlier sweep still at it?)"
-                    tqdm.write(f"failed: {folder}: {failures[folder]}", file=sys.stderr)
+                running[folder] = start(folder, waiting.pop(folder))
             for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                 bar.update()
                 if code := running.pop(folder).returncode:
+                    failed += 1
                     said = Path(f"{folder}.log").read_text(errors="replace").split("\n")
-                    failures[folder] = f"{next(filter(str.strip, reversed(said)), '')} (exit code {code})"
-                    tqdm.write(f"failed: {folder}: {failures[folder]}", file=sys.stderr)
+                    last_words = next(filter(str.strip, reversed(said)), "")
+                    tqdm.write(f"failed: {folder}: {last_words} (exit code {code})", file=sys.stderr)
             time.sleep(0.1)
     finally:  # stopped: each run ends its step and saves
         for process in running.values():
@@ -96,7 +91,7 @@ def run_all(waiting: dict[str, list[str]], jobs: int, what: str) -> int:
         for process in running.values():
             process.wait()
         bar.close()
-    return len(failures)
+    return failed
 
 
 def main() -> None:

@@ -118,12 +118,15 @@ def test_never_more_runs_at_a_time_than_told(monkeypatch, tmp_path):
     assert {int(n) for n in (tmp_path / "most").read_text().split()} == {1, 2}
 
 
-def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(monkeypatch, tmp_path, capsys):
-    stub(monkeypatch, "sleep 30")
-    alive = sweep.start(str(tmp_path / "run"), [])
+def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(tmp_path, capsys):
+    folder = tmp_path / "run"
+    alive = sweep.start(str(folder), [*TINY, "resume=true"])
     try:
-        assert sweep.run_all({str(tmp_path / "run"): []}, 1, "runs") == 1
-        assert "is an earlier sweep still at it?" in capsys.readouterr().err
+        while not (folder / "lock").exists() or not (folder / "lock").read_text():
+            assert alive.poll() is None, Path(f"{folder}.log").read_text()
+            time.sleep(0.05)
+        assert sweep.run_all({str(folder): [*TINY, "resume=true"]}, 1, "runs") == 1
+        assert f"is in use by process {alive.pid}" in capsys.readouterr().err
     finally:
         alive.kill()
         alive.wait()
