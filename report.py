@@ -104,7 +104,8 @@ def read_rows(file: Path) -> tuple[list[dict], str]:
 
 def read_run(folder: Path) -> Run:
     try:
-        config = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one: a sweep has many configs
+        config = safe_loader((folder / "config.yaml").read_text()).get_single_data()
         if not isinstance(config, dict) or not {"algorithm", "train", "run_dir"} <= config.keys():
             raise ValueError("it is not the config of a run")
     except (OSError, ValueError, yaml.YAMLError) as error:
