@@ -416,6 +416,7 @@ def _run(*boxes: _Box) -> Outcome:
 
 def _inside(job_file):
     """Process 1 of a box: set the limits, do the job in a child, and end with its exit code."""
+    import _signal
     import _sitebuiltins
     import builtins
     import marshal
@@ -423,6 +424,7 @@ def _inside(job_file):
     import resource
     import sys
 
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # a trainer under nohup or & ignores it, a box must not
     with open(job_file, "rb") as file:
         job = marshal.load(file)
     for name, value in job["bounds"].items():

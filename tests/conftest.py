@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import chaos
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 
 # One-step chains and short responses: a run takes a second, and rewards, gradients and lengths still vary.
 TINY = [

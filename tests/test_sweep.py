@@ -126,7 +126,8 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(tmp_path, c
             assert alive.poll() is None, Path(f"{folder}.log").read_text()
             time.sleep(0.05)
         assert sweep.run_all({str(folder): [*TINY, "resume=true"]}, 1, "runs") == 1
-        assert f"is in use by process {alive.pid}" in capsys.readouterr().err
+        assert f"failed: {folder}: " in capsys.readouterr().err  # with the last line of the log that both write to
+        assert f"is in use by process {alive.pid}" in Path(f"{folder}.log").read_text()
     finally:
         alive.kill()
         alive.wait()
