@@ -70,14 +70,6 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def to(self, device) -> "Rollout":
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "texts"}
-        return replace(self, **tensors)
-
-    def rows(self, i: int, j: int) -> "Rollout":
-        """Rows i to j, padding as it is."""
-        return self.at(torch.arange(len(self))[i:j])
-
     def at(self, rows: torch.Tensor) -> "Rollout":
         """The given rows in the given order, padding as it is."""
         tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "texts"}
@@ -384,7 +376,10 @@ def open_run(path: str):
     model, tokenizer = load(path, "sdpa" if flash_on_cpu else settings.attention)
     choose_threads(model.num_parameters())
     model.compute_device = device
-    return model.to(device, getattr(torch, settings.dtype) if device.type == "cuda" else None), tokenizer, config
+    model = model.to(device)
+    for parameter in model.parameters() if device.type == "cuda" else ():  # not buffers: rotary tables must stay fp32
+        parameter.data = parameter.data.to(getattr(torch, settings.dtype))
+    return model, tokenizer, config
 
 
 def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:

@@ -104,7 +104,7 @@ def test_metrics_that_do_not_exist_are_absent(rollout):
     metrics = sampling_metrics(rollout, *[torch.full((12,), math.nan)] * 2, torch.zeros(3).bool(), 4)
     assert metrics["reward/faults"] == 12 and "reward/mean" not in metrics and "reward/std" not in metrics
     nothing = torch.zeros(0, rollout.mask.shape[1])
-    assert token_metrics(rollout.rows(0, 0), *[nothing] * 5, has_reference=True) == {}
+    assert token_metrics(rollout.at(torch.arange(0, 0)), *[nothing] * 5, has_reference=True) == {}
 
 
 @pytest.mark.parametrize("has_reference", [True, False])

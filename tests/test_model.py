@@ -204,7 +204,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, tokens, share):
     g = torch.Generator().manual_seed(n)
     texts = ["1" * int(length) for length in torch.randint(0, 30, (n,), generator=g)]
     prompts = [PROMPTS[int(i)] for i in torch.randint(0, 4, (n,), generator=g)]
-    rollout = Rollout.of_texts([*prompts, PROMPTS[1]], [*texts, "1"], chain_tokenizer()).rows(0, n)
+    rollout = Rollout.of_texts([*prompts, PROMPTS[1]], [*texts, "1"], chain_tokenizer()).at(torch.arange(0, n))
     parts = [part.tolist() for part in micro_batches(rollout, tokens, share)]
     assert sorted(i for part in parts for i in part) == list(range(n))
     lengths = [len(text) + 1 for text in texts]
