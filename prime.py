@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import model
 import run
 from eval import timed
+from run import RunStopped
 from sample import Rollout
 from spro import process_reward
 
@@ -80,7 +81,11 @@ def score_and_learn(
         if config.prime.update == "before":
             budget = config.train.micro_batch_tokens
             log_probs, _ = model.rollout_log_probs(prm, rollout, config.sample.temperature, budget)
-    for name in ("loss", "grad_norm"):
-        if taken := [step[name] for step in steps if step]:
-            metrics[f"prm/{name}"] = sum(taken) / len(taken)
+    metrics["prm/refused"] = sum(not step for step in steps)
+    if steps and not any(steps):
+        raise RunStopped(
+            "all PRM steps of an RL step had non-finite gradients: lower prime.learning_rate or algorithm.beta"
+        )
+    for name in ("loss", "grad_norm") if steps else ():
+        metrics[f"prm/{name}"] = sum(step[name] for step in steps if step) / sum(map(bool, steps))
     return log_probs, metrics | ({} if ranking is None else {"prm/ranking_accuracy": ranking})

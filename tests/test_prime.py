@@ -206,12 +206,17 @@ def test_ranking_accuracy_counts_pairs_of_siblings_and_half_a_tie():
     assert prime.ranking_accuracy(scores, torch.ones(6), 3) is None
 
 
-def test_a_non_finite_gradient_leaves_the_prm_as_it_was(rollout, ref_log_probs):
+def test_a_non_finite_gradient_leaves_the_prm_as_it_was_and_a_step_of_nothing_else_ends_the_run(rollout, ref_log_probs):
     broken = ref_log_probs.clone()
     broken[0, 0] = math.nan
-    prm, _, metrics = learned(rollout, broken, config_of(), parts=[torch.arange(8)])
+    prm = tiny_model()
+    optimizer = train.make_optimizer(prm, config_of().train)
+    with pytest.raises(run.RunStopped, match=r"lower prime\.learning_rate"):
+        whole = [torch.arange(8)]
+        prime.score_and_learn(prm, optimizer, train.optimizer_step, config_of(), rollout, VERDICTS, broken, whole)
     assert all(torch.equal(a, b) for a, b in zip(prm.parameters(), tiny_model().parameters(), strict=True))
-    assert "prm/loss" not in metrics
+    _, _, metrics = learned(rollout, broken, config_of())  # the parts without row 0 are learned from
+    assert metrics["prm/refused"] == 1 and math.isfinite(metrics["prm/loss"])
 
 
 def test_prime_refuses_settings_that_mean_nothing():
