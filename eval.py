@@ -151,17 +151,22 @@ def sampling_metrics(rollout: Rollout, scores, rewards, kept: torch.Tensor, grou
 def token_metrics(
     kept: Rollout, log_probs, ref_log_probs, entropy, outcome, advantages, has_reference: bool
 ) -> dict[str, float]:
-    """Means over the response tokens of the kept groups, all arguments [B, T]; nothing where no group was kept."""
+    """Means over the response tokens of the kept groups, all arguments [B, T]; nothing where no group was kept.
+
+    outcome: None where the advantage is no sum of an outcome and a step term.
+    """
     if not len(kept):
         return {}
     m = kept.mask
     metrics = {
         "entropy": entropy[m].mean().item(),
         "sampler_gap": (log_probs - kept.sampler_log_probs)[m].abs().max().item(),
-        "advantage/outcome_abs": outcome[m].abs().mean().item(),
     }
     if has_reference:
         metrics["kl/ref"] = (log_probs - ref_log_probs)[m].mean().item()
+    if outcome is not None:
+        metrics["advantage/outcome_abs"] = outcome[m].abs().mean().item()
+    if outcome is not None and has_reference:
         metrics["advantage/step_abs"] = (advantages - outcome)[m].abs().mean().item()
     return metrics
 
@@ -421,7 +426,19 @@ def benchmark(args) -> None:
     sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
-    settings = {key: getattr(args, key) for key in ("run_or_model", "benchmark", "samples", "temperature", "grader")}
+    names = (
+        "run_or_model",
+        "benchmark",
+        "data",
+        "samples",
+        "temperature",
+        "grader",
+        "prompt",
+        "system_prompt",
+        "plain",
+    )
+    settings = {name: getattr(args, name) for name in names}
+    settings["code_fraction"] = bool(config.get("reward", {}).get("code_fraction"))
     settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": args.seed or 0}
     folder = Path(args.run_or_model, "model" if config else "")
     settings["model_saved"] = folder.stat().st_mtime if folder.is_dir() else None  # trained on, it is another model
@@ -454,12 +471,14 @@ def benchmark(args) -> None:
                 append_line(file, row | {"length": length, "truncated": cut})
             bar.update(len(chosen))
     if rank() == 0:
-        print(table_row(*read_outputs(file)))
+        _, rows = read_outputs(file)
+        print(table_row(settings, [row for row in rows if row["problem"] < len(problems)]))  # --limit may be less now
 
 
 def regrade(args) -> None:
     """Grade saved outputs again, list the verdicts that differ, and report by the new ones."""
     settings, rows = read_outputs(Path(args.regrade))
+    configure(RewardConfig(code_fraction=settings.get("code_fraction", False)))
     problems = [Problem(row["prompt"], row["reference"], args.grader or row["grader"]) for row in rows]
     require_graders(problems, "")
     verdicts = grade(list(zip(problems, (row["text"] for row in rows), strict=True)))
