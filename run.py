@@ -413,11 +413,14 @@ def flat(config: dict, prefix: str = "") -> dict:
     return items
 
 
+FREE_BLOCKS = ("model.scratch.", "reward.bonus.")  # whose keys are the user's: one that is missing is no other version
+
+
 def changes(saved: dict, config: dict) -> str:
     """`key: before -> now, ...` of what a resumed run may not change; empty if nothing."""
     sides, diff = (flat(saved), flat(config)), []
     for key in sides[0] | sides[1]:
-        before, now = (side.get(key, None if key.startswith("model.scratch.") else ABSENT) for side in sides)
+        before, now = (side.get(key, None if key.startswith(FREE_BLOCKS) else ABSENT) for side in sides)
         if before != now and not key.startswith(CHANGEABLE):
             diff.append(f"{key}: {before} -> {now}")
     return ", ".join(diff)

@@ -31,7 +31,7 @@ class AlgorithmConfig:
     clip_low: float = 0.2  # PPO clip: the ratio stays above 1 - clip_low
     clip_high: float = 0.2  # ... and below 1 + clip_high
     loss_weights: str = "seq-mean-token-mean"  # how tokens are averaged: a mode of token_weights
-    keep_accuracy: tuple[float, float] = (0.0, 1.0)  # update on groups whose mean reward lies in [low, high]
+    keep_accuracy: tuple[float, float] = (0.0, 1.0)  # update on groups whose mean verdict lies in [low, high]
     kl_coef: float = 0.0  # adds kl_coef x KL(policy || reference) per token to the loss; negative: a bonus
     kl_estimator: str = "exact"  # exact: over the whole vocabulary; of the sampled token: a name in KL_ESTIMATORS
     line_end: str = "\n"  # text that ends a line, the step of spro_line; ";" in the chain task
@@ -176,7 +176,8 @@ def keep_groups(rewards: torch.Tensor, group_size: int, low: float, high: float)
     """Which groups are learned from: those whose mean reward lies in [low, high]. rewards [B] -> bool [B / G].
 
     A NaN reward (a response without a verdict) drops its group. [0, 1] keeps all groups, the all-right and all-wrong
-    ones too, where SPRO still has a step term; [0.01, 0.99] drops just those; PRIME (arXiv 2502.01456) uses [0.2, 0.8].
+    ones too, where SPRO still has a step term; [0.01, 0.99] drops just those (of 0/1 rewards, with G up to 100); PRIME
+    (arXiv 2502.01456) uses [0.2, 0.8].
     """
     mean = _by_group(rewards.double(), group_size).mean(1)
     return (mean > low - 1e-6) & (mean < high + 1e-6)  # fp32 rewards: 0.8 is 0.80000001
@@ -357,6 +358,7 @@ ADVANTAGES = {
 # Estimators that never read the reference: a run with one of them loads none.
 OUTCOME_ONLY = frozenset({"grpo", "dr_grpo", "rloo", "raft", "reinforce_rej", "unlikeliness"})
 BY_LINE = frozenset({"spro_line"})  # estimators that need step_ids
+NOT_ADDITIVE = frozenset({"prime_released"})  # estimators that are no sum of an outcome and a step term
 NEEDS_PRM = frozenset({"prime", "prime_released"})  # estimators whose log_probs are those of PRIME's PRM (prime.py)
 
 WEIGHT_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")

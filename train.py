@@ -55,6 +55,7 @@ from spro import (
     ADVANTAGES,
     BY_LINE,
     NEEDS_PRM,
+    NOT_ADDITIVE,
     OUTCOME_ONLY,
     AlgorithmConfig,
     keep_groups,
@@ -292,7 +293,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
             lr = scale * learning_rate(step, steps, WARM_START_LEARNING_RATE, min(50, steps // 5), "cosine")
             losses = imitation_losses(policy, rollout, t.micro_batch_tokens)
             stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
-            check_refused(state, stats, step)
+            check_refused(state, stats, f"step {step} of the warm start: model.scratch cannot be taught like this")
             run.append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
             bar.set_postfix(loss=f"{stats.get('loss', math.nan):.3f}")
             position += size
@@ -312,14 +313,11 @@ def mini_batches(n: int, config: Config, step: int) -> list[torch.Tensor]:
     return [rows for shuffle in shuffles for rows in groups[shuffle].flatten().tensor_split(parts) if len(rows)]
 
 
-def check_refused(state: dict, update: dict, step: int) -> None:
+def check_refused(state: dict, update: dict, where: str) -> None:
     """Count optimizer steps refused in a row; a run that can take none any more stops with a clear word."""
     state["refused_in_a_row"] = 0 if update else state["refused_in_a_row"] + 1
     if state["refused_in_a_row"] == MAX_REFUSED:
-        raise RunStopped(
-            f"{MAX_REFUSED} optimizer steps in a row had non-finite gradients, at step {step}: lower "
-            "train.learning_rate or algorithm.beta; metrics.jsonl shows the way here"
-        )
+        raise RunStopped(f"{MAX_REFUSED} optimizer steps in a row had non-finite gradients, at {where}")
 
 
 def start_of(config: Config, folder: Path) -> str | Path:
@@ -373,6 +371,8 @@ def main() -> None:
         return
     config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = run.start_processes(config.train.timeout_minutes)
+    if config.train.old_log_probs == "sampler" and device.type == "cuda" and config.model.dtype != "float32":
+        raise BadInput("train.old_log_probs=sampler: sums of its log-ratios would be noise unless model.dtype=float32")
     configure(config.reward)
     if config.train.tensorboard:  # now, not after the warm start
         data.optional("torch.utils.tensorboard", "tensorboard")
@@ -420,7 +420,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
     """
     t, s, a, (policy, optimizer) = config.train, config.sample, config.algorithm, trained["policy"]
     (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
-    write_scalars = tensorboard(folder, state["step"], t.tensorboard)
+    write_scalars = tensorboard(folder, state["step"] if state["before"] else -1, t.tensorboard)
 
     def evaluation() -> dict[str, float]:
         with model.gathered(policy):
@@ -496,10 +496,15 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
         step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
         group = (learned.mask, s.group_size, a.beta, step_ids)
         advantages = advantage_of(rewards[rows], process_log_probs, ref_log_probs, *group)
-        outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)  # all but the step term; to log
+        if by_line and not step_ids.any():
+            say(f"note: no response of this step holds algorithm.line_end={a.line_end!r}: each is one line")
+        # All but the step term, where there are two: to log.
+        outcome = None
+        if a.advantage not in NOT_ADDITIVE:
+            outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)
 
         # 5. Update.
-        due = t.diagnose_every and step % t.diagnose_every == 0
+        due = t.diagnose_every and step % t.diagnose_every == 0 and outcome is not None
         diagnosis = compare_gradients(policy, config, learned, outcome, advantages - outcome) if due else {}
         with timed(seconds, "time/update"):
             lr, updates = learning_rate(step, t.steps, t.learning_rate, t.warmup_steps, t.schedule), []
@@ -507,7 +512,8 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
                 constants = (x[chosen] for x in (old_log_probs, advantages, ref_log_probs))
                 losses = policy_losses(policy, config, learned.at(chosen), *constants, reference)
                 updates.append(optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses))
-                check_refused(state, updates[-1], step)
+                advice = "lower train.learning_rate or algorithm.beta; metrics.jsonl shows the way here"
+                check_refused(state, updates[-1], f"step {step}: {advice}")
 
         # 6. Log.
         seconds["time/step"] = time.perf_counter() - step_started

@@ -23,7 +23,7 @@ GOLDEN = [json.loads(line) for line in (ROOT / "tests" / "golden" / "tiny.jsonl"
 MEASURED = {f"time/{stage}" for stage in ("sample", "reward", "log_probs", "update", "step", "verdict_max")}
 MEASURED |= {"tokens_per_second", "memory/peak_gib"}
 OPTIONAL = {  # keys that the golden run's config does not compute
-    *("prm/loss", "prm/ranking_accuracy", "prm/grad_norm", "time/prm"),  # with PRIME
+    *("prm/loss", "prm/ranking_accuracy", "prm/grad_norm", "prm/refused", "time/prm"),  # with PRIME
     "groups/sampled",  # with train.max_refills
     *("kl/loss", "gradient/cosine", "gradient/norm_ratio"),  # with algorithm.kl_coef, train.diagnose_every
 }

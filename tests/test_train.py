@@ -328,13 +328,13 @@ def test_a_non_finite_gradient_changes_nothing_and_several_in_a_row_stop_the_run
     assert update == {} and all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     state = {"refused_in_a_row": 0}
     for _ in range(train.MAX_REFUSED - 1):
-        train.check_refused(state, {}, step=7)
-    train.check_refused(state, {"loss": 0.0}, step=7)  # a step that went well starts the count anew
+        train.check_refused(state, {}, where="step 7")
+    train.check_refused(state, {"loss": 0.0}, where="step 7")  # a step that went well starts the count anew
     assert state["refused_in_a_row"] == 0
     for _ in range(train.MAX_REFUSED - 1):
-        train.check_refused(state, {}, step=8)
+        train.check_refused(state, {}, where="step 8")
     with pytest.raises(train.RunStopped, match="step 8"):
-        train.check_refused(state, {}, step=8)
+        train.check_refused(state, {}, where="step 8")
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_optimizer_is_adamw():
