@@ -52,7 +52,7 @@ from run import BadInput, RunStopped, all_reduce, enough_memory, on_first_rank, 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or a mistyped path brings a dozen lines of retries
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
 
-LOGITS_AT_ONCE = 2**24  # token_log_probs never holds more than this many logits: 64 MiB in fp32
+LOGITS_AT_ONCE = 2**25  # token_log_probs never holds more than this many logits: 128 MiB in fp32
 PASSES = 4  # in which token_log_probs runs the responses of a micro-batch, by length: fewer pad more, more start more
 
 SCRATCH = {  # the model that is built when model.path names none: 170k parameters
