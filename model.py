@@ -11,6 +11,7 @@ backward; for sampling the whole model is gathered once per rollout (`gathered`)
 
 import copy
 import hashlib
+import inspect
 import logging
 import shutil
 import warnings
@@ -162,6 +163,8 @@ def _prepare(model, tokenizer):
     model.vocabulary = 1 + max(pad, *stops, *tokenizer.get_vocab().values())
     model.packs_rows = "flash" in model.config._attn_implementation  # variable-length kernels
     model.compute_device, model.recomputes = torch.device("cpu"), False  # until `shard` decides
+    signature = inspect.signature(type(model).forward).parameters
+    model.cache_argument = "cache" if "cache" in signature else "past_key_values"  # renamed in transformers 5.24
     # Rows of such a cache can be repeated, picked and grown; the states of recurrent and other layers need not be.
     model.divisible_cache = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
     for module in model.modules():  # dropout has no place in a ratio of probabilities
@@ -443,7 +446,7 @@ def _states_of_groups(self, tokens, attention_mask, response_length):
     prompts, prompt_mask = tokens[first, :P], attention_mask[first, :P]
     cache = DynamicCache(config=self.config)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+    options = {"position_ids": positions, self.cache_argument: cache, "use_cache": True}
     states = [self.base_model(prompts, attention_mask=prompt_mask, **options)[0][source, -1]]
     rows, steps = [torch.arange(len(tokens), device=tokens.device)], [torch.zeros_like(source)]
     lengths = attention_mask[:, P:].sum(1)
@@ -455,7 +458,7 @@ def _states_of_groups(self, tokens, attention_mask, response_length):
         theirs = copy.copy(cache)
         theirs.layers = [copy.copy(layer) for layer in cache.layers]
         theirs.batch_select_indices(source[part])
-        options = {"position_ids": positions[part, P:end], "past_key_values": theirs, "use_cache": True}
+        options = {"position_ids": positions[part, P:end], self.cache_argument: theirs, "use_cache": True}
         out = self.base_model(tokens[part, P:end], attention_mask=attention_mask[part, :end], **options)[0]
         row, step = attention_mask[part, P + 1 : end + 1].nonzero(as_tuple=True)
         states.append(out[row, step])

@@ -194,7 +194,7 @@ def decode_groups(
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    options = {model.cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(input_ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1][source]
     cache.batch_select_indices(source)
     mask, position = mask[source], positions[source, -1:]
