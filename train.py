@@ -86,7 +86,7 @@ class TrainConfig:
     diagnose_every: int = 0  # compare the gradients of outcome and step term every this many steps; 0: never
     tensorboard: bool = False  # metrics go to run_dir/tensorboard too (pip install tensorboard)
     dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
-    warm_start_clean_steps: int = 600  # from scratch: supervised steps on right, concise solutions
+    warm_start_clean_steps: int = 1000  # from scratch: supervised steps on right, concise solutions
     warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
 
     def __post_init__(self):

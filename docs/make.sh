@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -d runs/pictures/model ] || python train.py configs/quickstart.yaml run_dir=runs/pictures resume=true
+[ -d runs/pictures/model ] || python train.py configs/ablations/base.yaml run_dir=runs/pictures resume=true
 python sample.py runs/pictures --inspect --step 10 --html inspector.html
 chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,920 --screenshot=docs/inspector.png \
     "file://$PWD/inspector.html#group=8&view=msa&response=2&token=28"
