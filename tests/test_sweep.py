@@ -119,13 +119,13 @@ def test_never_more_runs_at_a_time_than_told(monkeypatch, tmp_path):
 
 
 def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(tmp_path, capsys):
-    folder = tmp_path / "run"
-    alive = sweep.start(str(folder), [*TINY, "resume=true"])
+    folder, arguments = tmp_path / "run", [*TINY, "resume=true", "train.warm_start_clean_steps=100000"]
+    alive = sweep.start(str(folder), arguments)
     try:
         while not (folder / "lock").exists() or not (folder / "lock").read_text():
             assert alive.poll() is None, Path(f"{folder}.log").read_text()
             time.sleep(0.05)
-        assert sweep.run_all({str(folder): [*TINY, "resume=true"]}, 1, "runs") == 1
+        assert sweep.run_all({str(folder): arguments}, 1, "runs") == 1
         assert f"failed: {folder}: " in capsys.readouterr().err  # with the last line of the log that both write to
         assert f"is in use by process {alive.pid}" in Path(f"{folder}.log").read_text()
     finally:
