@@ -281,6 +281,7 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
     run.fresh_folder(folder)
     t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
     demonstrate, size = data.demonstrator(config.data), WARM_START_BATCH
+    say(f"warm start: {t.warm_start_clean_steps} supervised steps on right solutions, {t.warm_start_noisy_steps} noisy")
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
         bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
         for step in bar:

@@ -300,7 +300,8 @@ def test_of_processes_that_start_into_one_folder_at_once_one_gets_it(tmp_path):
 def test_a_run_that_still_runs_is_left_alone_until_it_is_dead(flag, words_of, tmp_path, monkeypatch):
     folder, command = tmp_path / "run", f"{' '.join(TINY)} run_dir={tmp_path / 'run'} {flag}"
     process = started(folder, on="warm start", n=3, does="hang")
-    while not (folder / "config.yaml").exists():
+    steps = folder / "warm_start" / "metrics.jsonl"
+    while not steps.exists() or steps.read_text().count("\n") < 2:
         assert process.exitcode is None
         time.sleep(0.05)
     monkeypatch.setattr(run, "LOCK_TRIES", 1)

@@ -28,6 +28,10 @@ def test_the_chain_grader_wants_one_digit_behind_a_hash_at_the_very_end(texts, s
         assert verdict.score == score and verdict.reason.startswith(reason), text
 
 
+def test_a_reference_that_is_a_number_counts_like_its_digits():
+    assert grade_one("chain", "b1+1=2;#2", 2).score == 1.0 and grade_one("chain", "b1+1=2;#2", 3).score == 0.0
+
+
 @pytest.mark.parametrize("crashes", [0, ATTEMPTS - 1, ATTEMPTS, 100])
 def test_a_grader_that_raises_is_tried_again_and_then_it_is_a_fault_without_a_score(crashes, monkeypatch):
     calls = []
