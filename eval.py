@@ -422,23 +422,13 @@ def benchmark(args) -> None:
     """Sample, grade and save a few problems after the other; the ranks share the rows of each lot."""
     start_processes(timeout_minutes=24 * 60)
     model, tokenizer, config = open_run(args.run_or_model)
-    configure(saved_block(RewardConfig, config, "reward"))
+    reward = saved_block(RewardConfig, config, "reward")
+    configure(reward)
     sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
     problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
-    names = (
-        "run_or_model",
-        "benchmark",
-        "data",
-        "samples",
-        "temperature",
-        "grader",
-        "prompt",
-        "system_prompt",
-        "plain",
-    )
-    settings = {name: getattr(args, name) for name in names}
-    settings["code_fraction"] = bool(config.get("reward", {}).get("code_fraction"))
+    names = ("run_or_model", "benchmark", "data", "prompt", "system_prompt", "plain", "samples", "temperature")
+    settings = {name: getattr(args, name) for name in (*names, "grader")} | {"code_fraction": reward.code_fraction}
     settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": args.seed or 0}
     folder = Path(args.run_or_model, "model" if config else "")
     settings["model_saved"] = folder.stat().st_mtime if folder.is_dir() else None  # trained on, it is another model
