@@ -6,19 +6,16 @@
     torchrun --nproc_per_node 8 eval.py RUN_OR_MODEL --benchmark aime24 --data FILE --samples 16 --temperature 0.6
     python eval.py --regrade OUTPUTS.jsonl [--grader NAME]                                        # no model is loaded
 
-A benchmark is a dataset of data.ROWS. Every response is saved with its verdict as soon as it is graded; the same
+A benchmark is a dataset of tasks.ROWS. Every response is saved with its verdict as soon as it is graded; the same
 command goes on where a killed one stopped, and prints the same row as if it had not been killed.
 """
 
-import preflight  # noqa: F401  # isort: skip  (first of all)
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import json
-import resource
 import shlex
 import sys
-import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import comb, sqrt
 from pathlib import Path
@@ -27,41 +24,20 @@ from statistics import fmean, pvariance, stdev
 import torch
 from tqdm import tqdm
 
-from data import (
-    ROWS,
-    DataConfig,
-    Draw,
-    Problem,
-    dressed,
-    encode_prompts,
-    load_problems,
-    optional,
-    read_problems,
-    require_at_least,
-    require_graders,
-)
-from model import memory_plan
-from reward import RewardConfig, configure, grade, isolation, last_box
-from run import (
-    EXIT_STOPPED,
-    BadInput,
-    Parser,
-    RunStopped,
-    append_line,
-    command_line,
-    enough_memory,
-    hold,
-    on_first_rank,
-    rank,
-    saved_block,
-    saved_config,
-    say,
-    shared,
-    start_processes,
-    world_size,
-)
-from sample import Rollout, SampleConfig, context_left, generation_settings, open_run, sample
+from data import DataConfig, dressed, encode_prompts, load_problems, require_graders
+from infra.config import require_at_least, saved_block, saved_config
+from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped, enough_memory
+from infra.memory import memory_plan
+from infra.processes import command_line, on_first_rank, rank, say, shared, start_processes, world_size
+from infra.rng import Draw
+from infra.run_folder import append_line, hold
+from model import LOGITS_AT_ONCE
+from rewards import Grader, RewardConfig
+from rewards.answers import last_box
+from sample import SampleConfig, context_left, generation_settings, open_run, sample
 from spro import OUTCOME_ONLY
+from tasks.datasets import ROWS, read_problems
+from tasks.problem import Problem
 
 
 @dataclass
@@ -81,7 +57,7 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 @enough_memory("evaluate")
 def evaluate(
-    model, tokenizer, problems: list[Problem], prompts: list[list[int]], config: SampleConfig, grader: str, seed: int
+    model, tokenizer, problems: list[Problem], prompts: list[list[int]], config: SampleConfig, grader: Grader, seed: int
 ) -> dict[str, float]:
     """One response per prompt at `config.temperature` and one greedy -> the `eval/*` metrics.
 
@@ -94,7 +70,7 @@ def evaluate(
     for name, temperature in (("eval/accuracy", config.temperature), ("eval/accuracy_greedy", 0.0)):
         rollout = sample(model, tokenizer, prompts, keys, config, group_size=1, temperature=temperature)
         answers = list(zip(problems, rollout.texts, strict=True))
-        verdicts = shared(lambda part: grade(part, grader), answers)
+        verdicts = shared(grader.grade, answers)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if not scores:
             raise RunStopped(f"no held-out response has a verdict: does reward.grader fit? {verdicts[0].reason}")
@@ -113,115 +89,10 @@ def eval_line(m: dict[str, float]) -> str:
     )
 
 
-def tensorboard(folder: Path, step: int, wanted: bool):
-    """A function that writes a row of metrics as scalars to folder/tensorboard, on rank 0 and if wanted.
-
-    What an earlier attempt wrote after `step` is hidden. Raises BadInput, on every rank, if the package is missing.
-    """
-    package = optional("torch.utils.tensorboard", "tensorboard") if wanted else None
-    if not package or rank():
-        return lambda row: None
-    board = package.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def write(row: dict[str, float]) -> None:
-        for key, value in row.items():
-            board.add_scalar(key, value, row["step"])
-        board.flush()
-
-    return write
-
-
-def sampling_metrics(rollout: Rollout, scores, rewards, kept: torch.Tensor, group_size: int) -> dict[str, float]:
-    """Over all responses of a step. scores, rewards [B], NaN where there is no verdict; kept [B / G] bool."""
-    groups, lengths, scored = scores.view(-1, group_size), rollout.mask.sum(1).double(), rewards[~rewards.isnan()]
-    metrics = {
-        "reward/faults": len(rewards) - len(scored),
-        "groups/all_right": (groups == 1).all(1).double().mean().item(),
-        "groups/all_wrong": (groups == 0).all(1).double().mean().item(),
-        "groups/kept": kept.double().mean().item(),
-        "response_length/mean": lengths.mean().item(),
-        "response_length/max": int(lengths.max()),
-        "response_length/truncated": rollout.truncated.double().mean().item(),
-    }
-    if len(scored) > 1:
-        metrics |= {"reward/mean": scored.mean().item(), "reward/std": scored.std().item()}
-    return metrics
-
-
-def token_metrics(
-    kept: Rollout, log_probs, ref_log_probs, entropy, outcome, advantages, has_reference: bool
-) -> dict[str, float]:
-    """Means over the response tokens of the kept groups, all arguments [B, T]; nothing where no group was kept.
-
-    outcome: None where the advantage is no sum of an outcome and a step term.
-    """
-    if not len(kept):
-        return {}
-    m = kept.mask
-    metrics = {
-        "entropy": entropy[m].mean().item(),
-        "sampler_gap": (log_probs - kept.sampler_log_probs)[m].abs().max().item(),
-    }
-    if has_reference:
-        metrics["kl/ref"] = (log_probs - ref_log_probs)[m].mean().item()
-    if outcome is not None:
-        metrics["advantage/outcome_abs"] = outcome[m].abs().mean().item()
-    if outcome is not None and has_reference:
-        metrics["advantage/step_abs"] = (advantages - outcome)[m].abs().mean().item()
-    return metrics
-
-
-def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps of one RL step, and how many steps were refused.
-
-    Of ratio/max the max; of sampler_gap the first, the only one that scores with the weights that sampled.
-    """
-    taken = [update for update in updates if update]
-    metrics = {key: sum(update[key] for update in taken) / len(taken) for key in (taken[0] if taken else ())}
-    if taken:
-        metrics["ratio/max"] = max(update["ratio/max"] for update in taken)
-    if "sampler_gap" in metrics:
-        metrics["sampler_gap"] = taken[0]["sampler_gap"]
-    return metrics | {"updates/taken": len(taken), "updates/refused": len(updates) - len(taken)}
-
-
-def peak_gib() -> float:
-    """Peak memory of this process: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-@contextmanager
-def timed(seconds: dict[str, float], key: str):
-    """Add the seconds that a stage takes to `seconds`; where it runs out of memory, say so by its name."""
-    start = time.perf_counter()
-    with enough_memory(key.removeprefix("time/")):
-        yield
-    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
-
-
-def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
-    """One aligned line of the metrics that tell whether a run is well."""
-    cells = [f"step {step:>{len(str(steps))}}/{steps}"]
-    for label, key, width, digits in (
-        ("reward", "reward/mean", 5, 3),
-        ("kept", "groups/kept", 4, 2),
-        ("length", "response_length/mean", 6, 1),
-        ("entropy", "entropy", 6, 4),
-        ("kl/ref", "kl/ref", 7, 4),
-        ("|step|", "advantage/step_abs", 6, 4),
-        ("clip", "clip_fraction", 6, 4),
-        ("grad", "grad_norm", 5, 2),
-    ):
-        cells.append(f"{label} {m[key]:{width}.{digits}f}" if key in m else f"{label} {'-':>{width}}")
-    return "  ".join([*cells, f"{m['time/step']:.2f} s"])
-
-
-def programs(problems: list[Problem], grader: str) -> str:
+def programs(problems: list[Problem], grader: Grader) -> str:
     """For the lines of a start: what programs run in, where any is graded."""
-    return f"; programs run in {isolation()}" if "code" in {grader or problem.grader for problem in problems} else ""
+    graded = "code" in {grader.name_for(problem) for problem in problems}
+    return f"; programs run in {grader.isolation()}" if graded else ""
 
 
 def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_out: int) -> str:
@@ -240,7 +111,7 @@ def describe(config, policy, tokenizer, device, problems: list[Problem], n_held_
         f"model    {config.model.path or 'from scratch'}: {policy.config.model_type}, {policy.num_parameters():,} "
         f"parameters; {world_size()} x {device.type}, {torch.get_num_threads()} threads each",
         f"data     {config.data.source}: {len(problems)} training prompts, {n_held_out} held out for evaluation"
-        f"{programs(problems, config.reward.grader)}",
+        f"{programs(problems, Grader(config.reward))}",
         f"prompts  {chat}, {'with a' if any(p.system for p in problems) else 'no'} system prompt; stop {stops} "
         f"{ends.eos_token_id}, pad {ends.pad_token_id}; {config.model.dtype if device.type == 'cuda' else 'float32'}, "
         f"{policy.config._attn_implementation} attention",
@@ -269,6 +140,7 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
         has_prm=config.needs_prm,
+        logits_at_once=LOGITS_AT_ONCE,
     )
     table = [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
     return "\n".join(
@@ -279,20 +151,6 @@ def dry_run_report(config, policy, tokenizer, prompts: list[list[int]]) -> str:
             "dry run: nothing was written",
         ]
     )
-
-
-def summary(config, folder: Path, state: dict, seconds: float) -> str:
-    """The end of a run: what it began with, what it reached, and where to look."""
-    first, last = state["before"], state["after"] or state["before"]
-    lines = [f"\ndone in {seconds:.0f} s: {folder}"]
-    for name, key, form in (
-        (f"held-out accuracy, T={config.sample.temperature:g}", "eval/accuracy", ".3f"),
-        ("held-out accuracy, greedy", "eval/accuracy_greedy", ".3f"),
-        ("response length, tokens", "eval/response_length", ".1f"),
-    ):
-        lines.append(f"  {name:<26} {first[key]:{form}} -> {last[key]:{form}}")
-    lines.append(f"  {'best accuracy':<26} {state['best']['eval/accuracy']:.3f} at step {state['best']['step']}")
-    return "\n".join([*lines, f"the model is in {folder / 'model'}; look at what it writes: python sample.py {folder}"])
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------------
@@ -403,7 +261,7 @@ def open_outputs(file: Path, settings: dict) -> int:
     return done
 
 
-def benchmark_prompts(args, model, tokenizer, config: dict, max_new_tokens: int):
+def benchmark_prompts(args, grader: Grader, model, tokenizer, config: dict, max_new_tokens: int):
     """(problems, prompts) of --data, asked as the run asked its own unless flags say otherwise."""
     own = config.get("data", {})
     system, chat = args.system_prompt or own.get("system_prompt", ""), own.get("chat_template", True) and not args.plain
@@ -414,8 +272,16 @@ def benchmark_prompts(args, model, tokenizer, config: dict, max_new_tokens: int)
     except ValueError as error:
         raise BadInput(f"--{error}") from error
     problems = dressed(read_problems(args.benchmark, args.data), data)[: args.limit]
-    require_graders(problems, args.grader)
+    require_graders(problems, grader)
     return encode_prompts(problems, tokenizer, context_left(model, max_new_tokens, sys.maxsize), chat)
+
+
+def grader_named(name: str, config: RewardConfig) -> Grader:
+    """The grader of `config`, with `name` for all problems if it is given. Raises BadInput if there is none such."""
+    try:
+        return Grader(replace(config, grader=name))
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error
 
 
 def benchmark(args) -> None:
@@ -423,10 +289,10 @@ def benchmark(args) -> None:
     start_processes(timeout_minutes=24 * 60)
     model, tokenizer, config = open_run(args.run_or_model)
     reward = saved_block(RewardConfig, config, "reward")
-    configure(reward)
+    grader = grader_named(args.grader, reward)
     sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
-    problems, prompts = benchmark_prompts(args, model, tokenizer, config, sampling.max_new_tokens)
+    problems, prompts = benchmark_prompts(args, grader, model, tokenizer, config, sampling.max_new_tokens)
     names = ("run_or_model", "benchmark", "data", "prompt", "system_prompt", "plain", "samples", "temperature")
     settings = {name: getattr(args, name) for name in (*names, "grader")} | {"code_fraction": reward.code_fraction}
     settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": args.seed or 0}
@@ -437,7 +303,7 @@ def benchmark(args) -> None:
     how = f"{n}xT{args.temperature:g}" if args.temperature else "greedy"
     file = Path(args.output or f"outputs/{Path(args.run_or_model).name}-{args.benchmark}-{how}.jsonl")
     done = on_first_rank(lambda: open_outputs(file, settings))
-    say(f"{args.benchmark}: {len(problems)} problems x {n}, {done} done, into {file}{programs(problems, args.grader)}")
+    say(f"{args.benchmark}: {len(problems)} problems x {n}, {done} done, into {file}{programs(problems, grader)}")
     say(repr(settings["first_prompt"]))
     lot = max(1, ROWS_AT_ONCE * world_size() // n)
     with tqdm(total=len(problems), initial=done, unit="problem", disable=True if rank() else None) as bar:
@@ -447,7 +313,7 @@ def benchmark(args) -> None:
             rollout = sample(model, tokenizer, [prompts[i] for i in chosen], keys, sampling, n, args.temperature)
             asked = [(i, j) for i in chosen for j in range(n)]
             answers = [(problems[i], text) for (i, _), text in zip(asked, rollout.texts, strict=True)]
-            verdicts = shared(lambda part: grade(part, args.grader), answers)
+            verdicts = shared(grader.grade, answers)
             ends = zip(rollout.mask.sum(1).tolist(), rollout.truncated.tolist(), strict=True)
             for (i, j), (problem, text), verdict, (length, cut) in zip(asked, answers, verdicts, ends, strict=True):
                 row = {
@@ -468,10 +334,10 @@ def benchmark(args) -> None:
 def regrade(args) -> None:
     """Grade saved outputs again, list the verdicts that differ, and report by the new ones."""
     settings, rows = read_outputs(Path(args.regrade))
-    configure(RewardConfig(code_fraction=settings.get("code_fraction", False)))
+    grader = Grader(RewardConfig(code_fraction=settings.get("code_fraction", False)))
     problems = [Problem(row["prompt"], row["reference"], args.grader or row["grader"]) for row in rows]
-    require_graders(problems, "")
-    verdicts = grade(list(zip(problems, (row["text"] for row in rows), strict=True)))
+    require_graders(problems, grader)
+    verdicts = grader.grade(list(zip(problems, (row["text"] for row in rows), strict=True)))
     changes: Counter = Counter()
     for row, now in zip(rows, verdicts, strict=True):
         if now.score != row["score"]:
@@ -490,9 +356,8 @@ def held_out_accuracy(args) -> None:
     if not saved_config(Path(args.run_or_model)):
         raise BadInput(f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a --benchmark")
     model, tokenizer, config = open_run(args.run_or_model)
-    configure(saved_block(RewardConfig, config, "reward"))
+    grader = Grader(saved_block(RewardConfig, config, "reward"))
     settings, data = saved_block(SampleConfig, config, "sample"), saved_block(DataConfig, config, "data")
-    grader = config["reward"]["grader"]
     limit = context_left(model, settings.max_new_tokens, data.max_prompt_tokens)
     held_out = load_problems(data, config["seed"], grader)[1]
     problems, prompts = encode_prompts(held_out, tokenizer, limit, data.chat_template)
@@ -521,7 +386,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="", help="text around {question}; default: the benchmark's own")
     parser.add_argument("--system-prompt", default="", help="default: the run's")
     parser.add_argument("--plain", action="store_true", help="without the chat template")
-    parser.add_argument("--grader", default="", help="a name in reward.GRADERS; default: the benchmark's own")
+    parser.add_argument("--grader", default="", help="a name in rewards.GRADERS; default: the benchmark's own")
     parser.add_argument("--output", help="default: outputs/MODEL-BENCHMARK-SAMPLING.jsonl")
     parser.add_argument("--regrade", metavar="OUTPUTS", help="grade saved outputs again; loads no model")
     args = parser.parse_args()

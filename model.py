@@ -47,8 +47,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from data import Draw, random_for, require_at_least
-from run import BadInput, RunStopped, all_reduce, enough_memory, on_first_rank, rank, world_size
+from infra.config import require_at_least
+from infra.errors import BadInput, RunStopped, enough_memory
+from infra.processes import all_reduce, on_first_rank, rank, world_size
+from infra.rng import Draw, random_for
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or a mistyped path brings a dozen lines of retries
 transformers_logging.disable_progress_bar()  # a bar per loaded file would bury the lines that matter
@@ -267,59 +269,6 @@ def shard(model, config: ModelConfig, device: torch.device, offload: bool = Fals
     for name in ("token_log_probs", "response_states"):
         register_fsdp_forward_method(model, name)
     return model
-
-
-def memory_plan(
-    model,
-    config: ModelConfig,
-    ranks: int,
-    on_gpu: bool,
-    sampled_tokens: int,
-    tokens_per_row: int,
-    trained_tokens: int,
-    has_reference: bool,
-    has_prm: bool = False,
-) -> dict[str, float]:
-    """GiB that each rank will need, by what needs it. The model may be on the meta device: only shapes are read.
-
-    Activations count what a decoder layer of Llama's shape keeps for its backward pass; the allocator's slack and the
-    libraries themselves (about 0.4 GiB on a CPU, 0.5 to 1 on a GPU) are not in it.
-    """
-    c, n, split = model.config, model.num_parameters(), config.shard or max(1, ranks // config.replicate)
-    compute = 2 if on_gpu and config.dtype == "bfloat16" else 4
-    is_split = ranks > 1 or on_gpu
-    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    in_layer = sum(p.numel() for p in layers[0].parameters()) if layers else 0
-    in_root = n - in_layer * len(layers)  # embedding and head: gathered from the first layer's forward to the backward
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    kv_width = heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = 11 * c.hidden_size + 4 * inner  # values kept per token, as counted for Qwen2 under sdpa
-    # The backward pass adds about a layer's worth; recomputing, it holds three (measured) and one value per layer.
-    layers_kept, inputs_kept = (3, c.num_hidden_layers) if config.gradient_checkpointing else (len(layers) + 1, 0)
-    kept = layers_kept * layer + inputs_kept * c.hidden_size
-    logits = min(trained_tokens * c.vocab_size, LOGITS_AT_ONCE)
-    always = {
-        "weights, fp32, sharded": 4 * n / split,
-        "optimizer moments, fp32, sharded": 8 * n / split,
-        "reference, fp32, sharded": 4 * n / split if has_reference and not config.offload_reference else 0,
-        "PRM and its moments, fp32, sharded": 12 * n / split if has_prm else 0,  # its gradients go before the policy's
-    }
-    sampling = {
-        "sampling: gathered weights": compute * n if is_split else 0,
-        "sampling: KV cache": 2 * c.num_hidden_layers * kv_width * compute * sampled_tokens,
-        # Scores, log-probs and probabilities in fp32, the cumulative distribution in fp64.
-        "sampling: logits": sampled_tokens // tokens_per_row * c.vocab_size * 28,
-    }
-    update = {
-        "update: gradients, fp32, sharded": 4 * n / split,
-        # Root and two layers in the compute type, their gradients, and the fp32 buffer that reduces the largest.
-        "update: gathered root and layers": (2 * compute + 4) * in_root + 4 * compute * in_layer if is_split else 0,
-        "update: activations": kept * trained_tokens * compute,
-        "update: logits": logits * (compute + 4 * 4),  # and log-probs, probabilities and gradients, in fp32
-    }
-    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
-    return {name: size / 2**30 for name, size in {**always, **sampling, **update, "peak": peak}.items()}
 
 
 @contextmanager

@@ -3,14 +3,13 @@
     python sample.py runs/quickstart                    # held-out prompts of a run, with reference and verdict
     python sample.py runs/quickstart "3b+5c*2d-7?"      # your own prompt
     python sample.py path/to/any/hf_model "Once upon"   # any causal LM
-    python sample.py runs/quickstart --inspect          # inside a training step, token by token: inspector.py
 
 Every token is chosen by inverting the cumulative distribution at one uniform number, and that number is a function of
 (seed, purpose, prompt position, sibling, token position) alone. So what is sampled does not depend on how prompts are
 batched, on which rows have finished, or on how many processes share the work.
 """
 
-import preflight  # noqa: F401  # isort: skip  (first of all)
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import json
 import re
@@ -24,10 +23,14 @@ import torch.nn.functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from data import DataConfig, Draw, Problem, dressed, encode_prompts, load_problems, random_for, require_at_least
+from data import DataConfig, dressed, encode_prompts, load_problems
+from infra.config import require_at_least, saved_block, saved_config
+from infra.errors import BadInput, Parser
+from infra.processes import choose_threads, command_line, rank, shared
+from infra.rng import Draw, random_for
 from model import ModelConfig, first_of_each_prompt, load
-from reward import grade
-from run import BadInput, Parser, choose_threads, command_line, rank, saved_block, saved_config, shared
+from rewards import Grader, RewardConfig
+from tasks.problem import Problem
 
 COMPACT_AT = 0.75  # rows that have stopped leave the batch when no more than this part of it goes on
 ROOM = 64  # tokens that keys and values get room for ahead of time
@@ -391,8 +394,6 @@ def context_left(model, max_new_tokens: int, max_prompt_tokens: int) -> int:
 
 
 def main() -> None:
-    import inspector  # of the script alone
-
     parser = Parser(description="Print what a model writes.")
     parser.add_argument("run_or_model", help="a run folder, or a model folder or Hub id")
     parser.add_argument("prompt", nargs="?", help="default: some of the run's held-out prompts")
@@ -400,16 +401,14 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's")
     parser.add_argument("--seed", type=int, default=0)
-    inspector.add_options(parser)
     args = parser.parse_args()
-    if inspector.asked_for(args):
-        return inspector.main(args)
     if min(args.temperature or 0, args.seed) < 0 or min(args.samples, args.max_new_tokens or 1) < 1:
         raise BadInput("--temperature and --seed must not be negative, --samples, --max-new-tokens must be at least 1")
     model, tokenizer, config = open_run(args.run_or_model)
     settings = saved_block(SampleConfig, config, "sample")
     settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
     data_config = saved_block(DataConfig, config, "data")
+    grader = Grader(saved_block(RewardConfig, config, "reward"))
 
     if args.prompt is not None:  # asked as the run asked its problems
         asked = dressed([Problem(args.prompt, None, "")], data_config)
@@ -424,7 +423,7 @@ def main() -> None:
             raise BadInput(f"the prompt {args.prompt!r} has characters that this model's tokenizer does not know")
     elif config:
         limit = context_left(model, settings.max_new_tokens, data_config.max_prompt_tokens)
-        held_out = load_problems(data_config, config["seed"], config["reward"]["grader"])[1]
+        held_out = load_problems(data_config, config["seed"], grader)[1]
         encoded = encode_prompts(held_out, tokenizer, limit, data_config.chat_template)
         problems, prompts = (part[: args.samples] for part in encoded)
     else:
@@ -434,7 +433,7 @@ def main() -> None:
     for i, text in enumerate(rollout.texts):
         print(f"\n--- {i + 1} of {len(rollout)}" + (", cut off" if rollout.truncated[i] else ""))
         if problems:
-            (verdict,) = grade([(problems[i], text)], config["reward"]["grader"])
+            (verdict,) = grader.grade([(problems[i], text)])
             print(f"prompt     {problems[i].prompt}\nresponse   {text}")
             print(f"reference  {problems[i].reference}\nverdict    {verdict.score}: {verdict.reason}")
         else:

@@ -10,7 +10,7 @@ depend on the number of ranks; sampling, grading, scoring and the backward passe
 is listed in run.py.
 """
 
-import preflight  # noqa: F401  # isort: skip  (first of all)
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import math
 import shutil
@@ -28,28 +28,34 @@ from tqdm import tqdm
 
 import data
 import model
-import prime
-import run
-from data import DataConfig, Draw, random_for, require_at_least
-from eval import (
-    EvalConfig,
-    describe,
-    dry_run_report,
-    eval_line,
-    evaluate,
-    peak_gib,
-    progress_line,
-    sampling_metrics,
-    summary,
-    tensorboard,
-    timed,
-    token_metrics,
-    update_metrics,
+import tasks
+from baselines import prime
+from baselines.prime import PrimeConfig
+from data import DataConfig
+from eval import EvalConfig, describe, dry_run_report, eval_line, evaluate
+from infra.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from infra.config import all_keys, plain, read_config, require_at_least
+from infra.errors import EXIT_STOPPED, BadInput, RunStopped, enough_memory, optional
+from infra.memory import peak_gib
+from infra.metrics import progress_line, sampling_metrics, summary, tensorboard, timed, token_metrics, update_metrics
+from infra.processes import (
+    all_reduce,
+    catch_signals,
+    choose_threads,
+    command_line,
+    on_first_rank,
+    rank,
+    say,
+    shared,
+    start_processes,
+    stop_requested,
+    watch,
+    world_size,
 )
+from infra.rng import Draw, random_for
+from infra.run_folder import append_line, fresh_folder, keep_metrics_through, open_run_folder
 from model import ModelConfig
-from prime import PrimeConfig
-from reward import RewardConfig, configure, grade, shaped_rewards
-from run import BadInput, RunStopped, say
+from rewards import Grader, RewardConfig
 from sample import Rollout, SampleConfig, context_left, dump_rollout, line_ids, sample
 from spro import (
     ADVANTAGES,
@@ -132,7 +138,7 @@ class Config:
                 f"{t.prompts_per_step} prompts x {group_size} samples = {responses} responses do not divide into "
                 f"mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
-        if not self.model.path and self.data.source not in data.DEMONSTRATORS:
+        if not self.model.path and self.data.source not in tasks.DEMONSTRATORS:
             raise ValueError(f"model.path is empty: a model from scratch cannot learn data.source={self.data.source!r}")
         if 0 < self.data.train_size < t.prompts_per_step:
             raise ValueError(f"train.prompts_per_step={t.prompts_per_step} > data.train_size={self.data.train_size}")
@@ -182,7 +188,7 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
     """
     sums, maxima = defaultdict(float), {}
     for loss, stats in losses:
-        (loss * run.world_size()).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
+        (loss * world_size()).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
         for key, value in {"loss": loss, **stats}.items():
             if key in MAXIMA:
                 maxima[key] = max(maxima.get(key, 0.0), value.item())
@@ -198,7 +204,7 @@ def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: I
     if not math.isfinite(norm):
         return {}
     for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-        reduced = run.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64), op)
+        reduced = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64), op)
         values.update(zip(values, reduced.tolist(), strict=True))
     return {**sums, **maxima, "grad_norm": norm}
 
@@ -242,7 +248,7 @@ def imitation_losses(policy, rollout: Rollout, micro_batch_tokens: int) -> Itera
     return likelihood_losses(policy, rollout, weights, 1.0, micro_batch_tokens)
 
 
-@run.enough_memory("update")
+@enough_memory("update")
 def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_term) -> dict[str, float]:
     """How the two halves of Eq. 13 push: cosine of their gradients, and the ratio of their norms, |step| / |outcome|.
 
@@ -265,27 +271,27 @@ def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_te
     dots = [
         sum((x.double() * y.double()).sum() for x, y in zip(*pair, strict=True)) for pair in ((a, a), (b, b), (a, b))
     ]
-    aa, bb, ab = run.all_reduce(torch.stack(dots).cpu()).tolist()
+    aa, bb, ab = all_reduce(torch.stack(dots).cpu()).tolist()
     if not 0 < aa * bb < math.inf:
         return {}
     return {"gradient/cosine": ab / math.sqrt(aa * bb), "gradient/norm_ratio": math.sqrt(bb / aa)}
 
 
-@run.enough_memory("warm_start")
+@enough_memory("warm_start")
 def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Path) -> None:
     """Teach a new model the task from demonstrations: right and concise ones first, then the noisy demonstrator's.
 
     The two stages matter: on noisy traces alone a small model learns the format but not, reliably, the arithmetic.
     Writes metrics.jsonl and model/ to `folder`; another run can start from there with model.path=FOLDER/model.
     """
-    run.fresh_folder(folder)
+    fresh_folder(folder)
     t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
-    demonstrate, size = data.demonstrator(config.data), WARM_START_BATCH
+    demonstrate, size = tasks.demonstrator(config.data), WARM_START_BATCH
     say(f"warm start: {t.warm_start_clean_steps} supervised steps on right solutions, {t.warm_start_noisy_steps} noisy")
     for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
-        bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if run.rank() else None)
+        bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if rank() else None)
         for step in bar:
-            run.watch(t.timeout_minutes)
+            watch(t.timeout_minutes)
             places = range(position, position + size)
             batch = [data.index_at(place, len(problems), config.seed) for place in places]
             noise = [random_for(config.seed, Draw.DEMONSTRATE, p) if stage == "noisy" else None for p in places]
@@ -295,11 +301,11 @@ def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Pat
             losses = imitation_losses(policy, rollout, t.micro_batch_tokens)
             stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
             check_refused(state, stats, f"step {step} of the warm start: model.scratch cannot be taught like this")
-            run.append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
+            append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
             bar.set_postfix(loss=f"{stats.get('loss', math.nan):.3f}")
             position += size
-            if run.stop_requested():
-                raise RunStopped("told to stop during the warm start, which resume=true begins again", run.EXIT_STOPPED)
+            if stop_requested():
+                raise RunStopped("told to stop during the warm start, which resume=true begins again", EXIT_STOPPED)
     model.save(policy, tokenizer, folder / "model")
 
 
@@ -353,38 +359,38 @@ def resume(config: Config, folder: Path, trained: dict, start_hash: str | None) 
     """
     state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
     state |= {"before": None, "after": None, "best": None}
-    checkpoint = run.newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder)
     if checkpoint:
-        state |= run.load_checkpoint(checkpoint, trained)
+        state |= load_checkpoint(checkpoint, trained)
         if state["start_hash"] != start_hash:
             raise BadInput(f"the model that {folder} started from has changed on disk: bring it back, or start anew")
         say(f"resume: going on after step {state['step']}, from {checkpoint}")
     elif config.resume:
         say("resume: no valid checkpoint yet, so RL starts over")
-    run.keep_metrics_through(folder, state["step"] if checkpoint else -1)
+    keep_metrics_through(folder, state["step"] if checkpoint else -1)
     return state
 
 
 def main() -> None:
     started = time.perf_counter()
     if {"-h", "--help"} & set(sys.argv):
-        print(__doc__, "Keys, explained in the dataclasses at the top of each file:", *run.all_keys(Config), sep="\n  ")
+        print(__doc__, "Keys, explained in the dataclasses at the top of each file:", *all_keys(Config), sep="\n  ")
         return
-    config = run.read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
-    device = run.start_processes(config.train.timeout_minutes)
+    config = read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
+    device = start_processes(config.train.timeout_minutes)
     if config.train.old_log_probs == "sampler" and device.type == "cuda" and config.model.dtype != "float32":
         raise BadInput("train.old_log_probs=sampler: sums of its log-ratios would be noise unless model.dtype=float32")
-    configure(config.reward)
+    grader = Grader(config.reward)
     if config.train.tensorboard:  # now, not after the warm start
-        data.optional("torch.utils.tensorboard", "tensorboard")
-    train_problems, held_out = data.load_problems(config.data, config.seed, config.reward.grader)
+        optional("torch.utils.tensorboard", "tensorboard")
+    train_problems, held_out = data.load_problems(config.data, config.seed, grader)
     if config.model.path:
         policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
     else:
-        tokenizer = data.TOKENIZERS[config.data.source]()
+        tokenizer = tasks.TOKENIZERS[config.data.source]()
         with torch.device("meta" if config.dry_run else "cpu"):
             policy = model.build(config.model, tokenizer, config.seed)
-    run.choose_threads(policy.num_parameters())
+    choose_threads(policy.num_parameters())
     longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
     limits = (longest, config.data.chat_template)
     problems, prompts = data.encode_prompts(train_problems, tokenizer, *limits)
@@ -395,8 +401,8 @@ def main() -> None:
         return
 
     model.shard_size(config.model)  # before anything is written
-    run.catch_signals()
-    folder = run.open_run_folder(run.plain(config))
+    catch_signals()
+    folder = open_run_folder(plain(config))
     policy, reference, start_hash = start_models(config, folder, device, policy, tokenizer, problems, prompts)
     models = {"policy": policy}
     if config.needs_prm:
@@ -408,13 +414,15 @@ def main() -> None:
         say(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
         return
     if state["step"] < config.train.steps:  # an earlier end of this run is not the end any more
-        run.on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
-    train(config, folder, trained, reference, tokenizer, (problems, prompts), eval_set, state)
+        on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
+    train(config, folder, trained, reference, tokenizer, grader, (problems, prompts), eval_set, state)
     model.save(policy, tokenizer, folder / "model")
     say(summary(config, folder, state, time.perf_counter() - started))
 
 
-def train(config: Config, folder: Path, trained, reference, tokenizer, train_set, eval_set, state: dict) -> None:
+def train(
+    config: Config, folder: Path, trained, reference, tokenizer, grader, train_set, eval_set, state: dict
+) -> None:
     """The loop. `trained` holds (model, optimizer) by name: "policy", and with PRIME "prm".
 
     `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
@@ -425,25 +433,25 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
 
     def evaluation() -> dict[str, float]:
         with model.gathered(policy):
-            return evaluate(policy, tokenizer, *eval_set, s, config.reward.grader, config.seed)
+            return evaluate(policy, tokenizer, *eval_set, s, grader, config.seed)
 
     def judge(answers: list) -> list:
         """(verdict, reward) of each (problem, text, length in tokens)."""
         texts, lengths = [answer[:2] for answer in answers], [answer[2] for answer in answers]
-        verdicts = grade(texts, config.reward.grader)
-        shaped = shaped_rewards(texts, verdicts, lengths, s.max_new_tokens, config.reward)
+        verdicts = grader.grade(texts)
+        shaped = grader.shaped_rewards(texts, verdicts, lengths, s.max_new_tokens)
         return list(zip(verdicts, shaped, strict=True))
 
     if state["before"] is None:
-        run.watch(t.timeout_minutes)
+        watch(t.timeout_minutes)
         state["before"] = evaluation()
         state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
-        run.append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
+        append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
         write_scalars({"step": 0, **state["before"]})
         say(eval_line(state["before"]))
 
     for step in range(state["step"] + 1, t.steps + 1):
-        run.watch(t.timeout_minutes)
+        watch(t.timeout_minutes)
         step_started, seconds = time.perf_counter(), {}
 
         parts, asked, graded = [], [], []
@@ -460,13 +468,13 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             with timed(seconds, "time/reward"):
                 asked += [problems[i] for i in batch for _ in range(s.group_size)]
                 answers = zip(asked[len(graded) :], parts[-1].texts, parts[-1].mask.sum(1).tolist(), strict=True)
-                graded += run.shared(judge, list(answers))
+                graded += shared(judge, list(answers))
                 verdicts, shaped = zip(*graded, strict=True)
                 scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
                 rewards = torch.tensor(shaped)
                 usable = ~rewards.isnan().view(-1, s.group_size).any(1)
                 passed = usable & keep_groups(scores, s.group_size, *a.keep_accuracy)
-            if passed.sum() >= t.prompts_per_step or run.stop_requested():
+            if passed.sum() >= t.prompts_per_step or stop_requested():
                 break
         rollout, kept = Rollout.cat(parts), passed & (passed.cumsum(0) <= t.prompts_per_step)  # not a refill's surplus
         rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
@@ -483,7 +491,7 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             # Without a reference, a log-ratio of 0 everywhere: no step term.
             ref_log_probs = old_log_probs if reference is None else model.rollout_log_probs(reference, *scored)[0]
 
-        if run.stop_requested():  # nothing has changed since the last step: drop this one
+        if stop_requested():  # nothing has changed since the last step: drop this one
             break
 
         # 4. Advantage.
@@ -548,18 +556,18 @@ def train(config: Config, folder: Path, trained, reference, tokenizer, train_set
             say(eval_line(metrics))
             if metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
                 state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
-        run.append_line(folder / "metrics.jsonl", metrics)
+        append_line(folder / "metrics.jsonl", metrics)
         write_scalars(metrics)
         state |= {"step": step, "position": places.stop}
         if step % t.save_every == 0 or step == t.steps:
-            run.save_checkpoint(folder, step, trained, state, t.keep_checkpoints)
-        if run.stop_requested():
+            save_checkpoint(folder, step, trained, state, t.keep_checkpoints)
+        if stop_requested():
             break
 
     if state["step"] < t.steps:
-        run.save_checkpoint(folder, state["step"], trained, state, t.keep_checkpoints)
-        raise RunStopped(f"saved after step {state['step']} of {t.steps}; resume=true goes on", run.EXIT_STOPPED)
+        save_checkpoint(folder, state["step"], trained, state, t.keep_checkpoints)
+        raise RunStopped(f"saved after step {state['step']} of {t.steps}; resume=true goes on", EXIT_STOPPED)
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    command_line(main)

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import common
 from common import TINY, Work
 
-import run
+import infra.processes
 
 
 def least(work, times: int = 3) -> float:
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="next to no work, to try the script")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    device = run.start_processes(30.0)
+    device = infra.processes.start_processes(30.0)
     dtype = "bfloat16" if common.on_gpu() else "float32"
     work = (
         replace(TINY, lengths="full")
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    infra.processes.command_line(main)

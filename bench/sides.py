@@ -21,13 +21,14 @@ PROMPTS = 512  # different ones
 
 def ours(settings: dict, work: Work, steps: Steps) -> None:
     """train.main on the work, one step on demand; never returns."""
-    import data
-    import reward
-    import run
+    import rewards
     import spro
+    import tasks
     import train
+    from infra.processes import command_line
+    from tasks.problem import Problem
 
-    timed, append_line, start_models = train.timed, run.append_line, train.start_models
+    timed, append_line, start_models = train.timed, train.append_line, train.start_models
 
     @contextmanager
     def clocked(seconds, key):
@@ -55,11 +56,11 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         if steps.start is not None:
             steps.counts[key] += n
 
-    problems = [data.Problem(text, "", "digits") for text in common.texts(PROMPTS, work.prompt_tokens)]
-    data.SOURCES["bench"] = lambda config, seed: (problems, problems)
-    reward.GRADERS["digits"] = lambda text, _: (sum(c.isdigit() for c in text) / max(1, len(text)), "digits")
+    problems = [Problem(text, "", "digits") for text in common.texts(PROMPTS, work.prompt_tokens)]
+    tasks.SOURCES["bench"] = lambda config, seed: (problems, problems)
+    rewards.GRADERS["digits"] = lambda text, _: (sum(c.isdigit() for c in text) / max(1, len(text)), "digits")
     common.force_lengths(work)
-    train.timed, train.start_models, run.append_line = clocked, counted, noted
+    train.timed, train.start_models, train.append_line = clocked, counted, noted
     spro.ADVANTAGES |= {name: steps.clocked(estimator, "advantage") for name, estimator in spro.ADVANTAGES.items()}
     (Path(settings["folder"]) / "empty.yaml").write_text("")
     config = {
@@ -84,7 +85,7 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         **{key: 10**9 for key in ("train.steps", "train.save_every", "train.dump_every", "eval.every")},
     }
     sys.argv[1:] = [f"{settings['folder']}/empty.yaml", *(f"{k}={v}" for k, v in config.items()), *settings["config"]]
-    run.command_line(train.main)
+    command_line(train.main)
 
 
 def trl(settings: dict, work: Work, steps: Steps) -> None:
@@ -94,7 +95,7 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
     from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from data import Draw, random_for
+    from infra.rng import Draw, random_for
 
     rows, tokens, place = work.prompts * work.group_size, 0, 0
 

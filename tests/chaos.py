@@ -82,15 +82,16 @@ def arm(spec: dict) -> None:
     """
     import torch
 
-    import run
     import sample
     import train
+    from infra.processes import rank
+    from rewards import Grader
 
     now = {"step": 0, "calls": 0, "in rmtree of": ""}
-    record = Path(f"{spec['record']}{run.rank()}").open("w") if "record" in spec else None  # noqa: SIM115
+    record = Path(f"{spec['record']}{rank()}").open("w") if "record" in spec else None  # noqa: SIM115
 
     def is_due(what: str) -> bool:
-        if what != spec.get("on") or now["step"] < spec.get("step", 0) or run.rank() != spec.get("rank", 0):
+        if what != spec.get("on") or now["step"] < spec.get("step", 0) or rank() != spec.get("rank", 0):
             return False
         now["calls"] += 1
         return now["calls"] == spec.get("n", 1)
@@ -112,11 +113,11 @@ def arm(spec: dict) -> None:
 
     wrap(train, "imitation_losses", "warm start")
     wrap(sample.InverseCDF, "choose", "generate")
-    wrap(train, "grade", "reward")
+    wrap(Grader, "shaped_rewards", "reward")
     wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
     wrap(train, "check_refused", "update")  # after an optimizer step
     wrap(train, "dump_rollout", "samples", write_half)
-    wrap(run, "append_line", "metrics", write_half)
+    wrap(train, "append_line", "metrics", write_half)
     real_sample, real_loss = train.sample, train.policy_loss
 
     def step_begins(policy, tokenizer, prompts, keys, config):  # keys hold the place among all prompts of the run
@@ -152,13 +153,13 @@ def arm(spec: dict) -> None:
 def child(spec: dict | None, arguments: list[str]) -> None:
     """One process of a run: arm the spec, then be train.py."""
     sys.path.insert(0, str(ROOT))
-    import run
     import train
+    from infra.processes import command_line
 
     if spec:
         arm(spec)
     sys.argv = [str(ROOT / "train.py"), *arguments]
-    run.command_line(train.main)
+    command_line(train.main)
 
 
 # --- starting runs ------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from data import Draw, chain_tokenizer
+from infra.rng import Draw
 from model import ModelConfig, build, load
+from rewards import Grader, Verdict
+from tasks.chain import chain_tokenizer
 
 PAD, BOS, EOS, UNK = range(4)  # of the chain tokenizer
 PROMPTS = [[BOS, 7], [BOS, 9, 24, 5, 14, 30, 22], [BOS, EOS, 8, EOS], [PAD, PAD, 30], [EOS], [BOS, 40, UNK]]
@@ -97,6 +99,11 @@ def saved_chat_model(folder: Path, texts: list[str], template: str | None = CHAT
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return saved(model, folder, tokenizer)
+
+
+def grade_one(name: str, text: str, reference) -> Verdict:
+    """A verdict of the grader `name`, as the defaults have it."""
+    return Grader().grade_one(name, text, reference)
 
 
 def jsonl(file: Path, rows: list) -> str:

@@ -15,8 +15,9 @@ from test_data import FILES
 import eval as eval_module
 import train
 from eval import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
-from reward import GRADERS
-from run import BadInput
+from infra.errors import BadInput
+from infra.processes import command_line
+from rewards import GRADERS
 
 ROWS = [{"prompt": f"How much is {i} + {i}?", "reference": str(2 * i), "grader": "odd_length"} for i in range(9)]
 TEXTS = [row["prompt"] for row in ROWS]
@@ -244,7 +245,7 @@ def called(main, arguments: list[str]) -> None:
     """`main` as a script with these arguments, in a process that has the grader `odd_length`."""
     GRADERS["odd_length"] = odd_length
     sys.argv = ["script", *arguments]
-    train.run.command_line(main)
+    command_line(main)
 
 
 def finished(main, arguments: list[str], ranks: int, log) -> str:

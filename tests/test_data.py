@@ -14,10 +14,19 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 import data
-import run
+import infra.config
+import infra.rng
+import tasks
+import tasks.chain
+import tasks.datasets
+import tasks.gym
 import train
-from data import DataConfig, Draw, Problem, chain_solution, chain_tokenizer, encode_prompts, index_at, load_problems
-from run import BadInput
+from data import DataConfig, encode_prompts, index_at, load_problems
+from infra.errors import BadInput
+from infra.rng import Draw
+from rewards import Grader, RewardConfig
+from tasks.chain import chain_solution, chain_tokenizer
+from tasks.problem import Problem
 
 SMALL = DataConfig(train_size=800, held_out_size=100)
 
@@ -86,7 +95,7 @@ def test_noisy_demonstrations_err_and_repeat_at_their_rates_and_carry_errors_on(
     errors, repeats = {False: Counter(), True: Counter()}, Counter()
     config = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4)
     for i, prompt in enumerate(problem.prompt for problem in load_problems(config, 0)[0]):
-        text, value = chain_solution(prompt, data.random_for(0, Draw.DEMONSTRATE, i)), int(prompt[0])
+        text, value = chain_solution(prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i)), int(prompt[0])
         repeats[text.count("(")] += 1
         for label, operator, digit in steps_of(prompt):
             start = f"{label}{value}{operator}{digit}="
@@ -97,11 +106,11 @@ def test_noisy_demonstrations_err_and_repeat_at_their_rates_and_carry_errors_on(
             errors[large_product][(result - apply(value, operator, digit)) % 10] += 1
             value = result
         assert text == f"#{value}"
-    s, m, coin = data.SLIP, data.MISCONCEPTION, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
+    s, m, coin = tasks.chain.SLIP, tasks.chain.MISCONCEPTION, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
     assert_rates(errors[False], {0: 1 - s, 1: s / 2, 9: s / 2})  # a slip is off by one, either way
     large = {0: (1 - m) * (1 - s) + m * s / 2, 1: m * (1 - s) + (1 - m) * s / 2, 2: m * s / 2, 9: (1 - m) * s / 2}
     assert_rates(errors[True], large)  # one too high by misconception, and then a slip as well
-    assert data.REPEATS == (0.0, 0.5, 1.0)  # one of these for all four steps of a demonstration
+    assert tasks.chain.REPEATS == (0.0, 0.5, 1.0)  # one of these for all four steps of a demonstration
     assert_rates(repeats, {k: ((k == 0) + coin[k] + (k == 4)) / 3 for k in range(5)})
 
 
@@ -109,11 +118,13 @@ def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
     config, right = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4, repeat_slip=0.5), Counter()
     for i, problem in enumerate(load_problems(config, 0)[0]):
         if "*" not in problem.prompt:  # no misconception
-            text = data.demonstrator(config)(problem.prompt, data.random_for(0, Draw.DEMONSTRATE, i))
+            text = tasks.demonstrator(config)(problem.prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i))
             lines = re.findall(r"[a-z](\d)([-+])(\d)=(\d);", text.replace(")", ""))
             for value, operator, digit, result in lines:
                 right["(" in text, apply(int(value), operator, int(digit)) == int(result)] += 1
-    mixed = (data.SLIP / 3 + 0.5 / 48) / (1 / 3 + 1 / 48)  # a coin that fell on "no repeat" four times repeats nothing
+    mixed = (tasks.chain.SLIP / 3 + 0.5 / 48) / (
+        1 / 3 + 1 / 48
+    )  # a coin that fell on "no repeat" four times repeats nothing
     for repeats, rate in ((True, 0.5), (False, mixed)):
         n = right[repeats, True] + right[repeats, False]
         assert abs(right[repeats, False] / n - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
@@ -124,7 +135,7 @@ def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
 def test_text_survives_the_tokenizer_and_the_tokenizer_survives_saving(tmp_path):
     tokenizer = chain_tokenizer()
     for i, problem in enumerate(load_problems(SMALL, 0)[0][:200]):
-        text = chain_solution(problem.prompt, data.random_for(0, Draw.DEMONSTRATE, i))
+        text = chain_solution(problem.prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i))
         ids, prompt = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(problem.prompt).input_ids
         assert len(ids) == len(text) and UNK not in ids and tokenizer.decode(ids) == text
         assert prompt[0] == BOS and tokenizer.decode(prompt, skip_special_tokens=True) == problem.prompt
@@ -204,7 +215,7 @@ FILES = {  # shape -> (file, rows of this shape, grader, question with this in i
 @pytest.mark.parametrize("shape", READ)
 def test_a_row_becomes_its_question_its_answer_and_its_grader(shape):
     for row, question, reference, grader in READ[shape]:
-        problem = data.ROWS[shape](row)
+        problem = tasks.datasets.ROWS[shape](row)
         assert (problem.prompt, problem.reference, problem.grader) == (question, reference, grader)
         assert problem.system == ("Think." if row.get("prompt") == CHAT else "")
 
@@ -212,7 +223,7 @@ def test_a_row_becomes_its_question_its_answer_and_its_grader(shape):
 @pytest.mark.parametrize("shape", FILES)
 def test_a_published_file_is_read_whole(shape):
     name, n, grader, words, reference = FILES[shape]
-    problems = data.read_problems(shape, str(published(name)))
+    problems = tasks.datasets.read_problems(shape, str(published(name)))
     assert len(problems) == n and {problem.grader for problem in problems} == {grader}
     assert [problem.reference for problem in problems if words in problem.prompt] == [reference]
     json.dumps([problem.reference for problem in problems])
@@ -220,12 +231,14 @@ def test_a_published_file_is_read_whole(shape):
 
 def test_rows_of_another_set_are_left_out_and_counted(tmp_path, capsys):
     aime = [{"question": f"Q{year}", "answer": "1", "url": f"{year}_AIME_I"} for year in (2022, 2023, 2024)]
-    assert [p.prompt for p in data.read_problems("aime24", jsonl(tmp_path / "a.jsonl", aime))] == ["Q2024"]
+    assert [p.prompt for p in tasks.datasets.read_problems("aime24", jsonl(tmp_path / "a.jsonl", aime))] == ["Q2024"]
     assert "2 of 3 rows" in capsys.readouterr().out
     eurus = [row for row, *_ in READ["eurus"]]
-    assert [p.grader for p in data.read_problems("eurus_math", jsonl(tmp_path / "e.jsonl", eurus))] == ["math"]
+    assert [p.grader for p in tasks.datasets.read_problems("eurus_math", jsonl(tmp_path / "e.jsonl", eurus))] == [
+        "math"
+    ]
     with pytest.raises(BadInput, match="no 'aime24' rows"):
-        data.read_problems("aime24", jsonl(tmp_path / "b.jsonl", aime[:2]))
+        tasks.datasets.read_problems("aime24", jsonl(tmp_path / "b.jsonl", aime[:2]))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +258,7 @@ def test_rows_of_another_set_are_left_out_and_counted(tmp_path, capsys):
 )
 def test_a_row_that_cannot_be_read_is_named_with_its_file_and_place_in_one_line(shape, row, complaint, tmp_path):
     with pytest.raises(BadInput, match=rf"^[^\n]*rows\.jsonl, line 2[^\n]*{complaint}[^\n]*$"):
-        data.read_problems(shape, jsonl(tmp_path / "rows.jsonl", [READ[shape][0][0], row]))
+        tasks.datasets.read_problems(shape, jsonl(tmp_path / "rows.jsonl", [READ[shape][0][0], row]))
 
 
 def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch):
@@ -255,30 +268,30 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch):
     for name, words in (("torn", "line 2"), ("odd", "odd.json"), ("binary", "binary"), ("none", "No such file")):
         file = next(tmp_path.glob(f"{name}*"), tmp_path / "none.jsonl")
         with pytest.raises(BadInput, match=f"^[^\\n]*{words}[^\\n]*$"):
-            data.read_problems("file", str(file))
+            tasks.datasets.read_problems("file", str(file))
     for path, package in (("rows.parquet", "pyarrow"), ("openai/gsm8k:main", "datasets")):
         monkeypatch.setitem(sys.modules, f"{package}.parquet" if package == "pyarrow" else package, None)
         with pytest.raises(BadInput, match=f"pip install {package}"):
-            data.read_problems("file", path)
+            tasks.datasets.read_problems("file", path)
 
 
 def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
     rows = [{"prompt": f"Q{i}?", "reference": str(i), "grader": "chain"} for i in range(12)]
-    expected = data.read_problems("file", jsonl(tmp_path / "a.jsonl", rows))
+    expected = tasks.datasets.read_problems("file", jsonl(tmp_path / "a.jsonl", rows))
     (tmp_path / "list.json").write_text(json.dumps(rows))
     columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
     (tmp_path / "columns.json").write_text(json.dumps(columns))
     files = [tmp_path / "list.json", tmp_path / "columns.json"]
     for file in files:
-        assert data.read_problems("file", str(file)) == expected
+        assert tasks.datasets.read_problems("file", str(file)) == expected
 
 
 def test_rows_are_the_same_from_parquet(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [row for row, *_ in READ["eurus"]] * 3
-    expected = data.read_problems("eurus", jsonl(tmp_path / "a.jsonl", rows))
+    expected = tasks.datasets.read_problems("eurus", jsonl(tmp_path / "a.jsonl", rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=4)
-    assert data.read_problems("eurus", str(tmp_path / "rows.parquet")) == expected
+    assert tasks.datasets.read_problems("eurus", str(tmp_path / "rows.parquet")) == expected
 
 
 def test_a_name_that_is_no_file_is_a_dataset_of_the_hub_with_its_split(tmp_path, monkeypatch):
@@ -291,10 +304,14 @@ def test_a_name_that_is_no_file_is_a_dataset_of_the_hub_with_its_split(tmp_path,
             tmp_path / "us" / "sums" / f"{split}.jsonl",
             [{"question": f"{split} {i}", "answer": "#### 1"} for i in range(n)],
         )
-    assert [p.prompt for p in data.read_problems("gsm8k", "us/sums@test")] == ["test 0", "test 1"]
-    assert len(data.read_problems("gsm8k", "us/sums")) == len(data.read_problems("gsm8k", "us/sums:default@train")) == 5
+    assert [p.prompt for p in tasks.datasets.read_problems("gsm8k", "us/sums@test")] == ["test 0", "test 1"]
+    assert (
+        len(tasks.datasets.read_problems("gsm8k", "us/sums"))
+        == len(tasks.datasets.read_problems("gsm8k", "us/sums:default@train"))
+        == 5
+    )
     with pytest.raises(BadInput, match="us/sums@nowhere"):
-        data.read_problems("gsm8k", "us/sums@nowhere")
+        tasks.datasets.read_problems("gsm8k", "us/sums@nowhere")
 
 
 # --- splits and prompts -------------------------------------------------------------------------------------------
@@ -334,7 +351,7 @@ def test_a_file_of_held_out_questions_is_used_and_kept_out_of_training(tmp_path)
 def test_the_prompt_goes_around_the_question_whatever_braces_either_has(tmp_path):
     rows = [{"question": r"What is {question} in \{x\}? {}", "answer": "#### 1"}] * 2
     config = DataConfig("gsm8k", jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows[:1]))
-    ((problem,),) = [data.dressed(data.read_problems("gsm8k", config.held_out_path), config)]
+    ((problem,),) = [data.dressed(tasks.datasets.read_problems("gsm8k", config.held_out_path), config)]
     assert problem.prompt.startswith(rows[0]["question"]) and problem.prompt.endswith(r"within \boxed{}.")
     own = replace(config, prompt=r"\boxed{} {question} {", system_prompt="Be brief.")
     (problem,) = data.dressed([Problem("Q?", "1", "number", "Be long.")], own)
@@ -363,7 +380,7 @@ def test_a_grader_that_there_is_not_is_refused_unless_one_is_named_for_all(tmp_p
     config = DataConfig("file", jsonl(tmp_path / "a.jsonl", rows), held_out_size=1)
     with pytest.raises(BadInput, match=r"'oracle'.*chain"):
         load_problems(config, 0)
-    assert len(load_problems(config, 0, "chain")[0]) == 2
+    assert len(load_problems(config, 0, Grader(RewardConfig(grader="chain")))[0]) == 2
 
 
 BOS_TEMPLATE = "<|endoftext|>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}[assistant]"
@@ -410,21 +427,21 @@ def test_without_a_template_the_model_goes_on_with_the_plain_text():
 
 def test_a_systems_turn_that_every_row_repeats_is_kept_in_memory_once():
     rows = [json.loads(json.dumps(READ["eurus"][0][0])) for _ in range(2)]
-    first, second = (data.eurus_row(row).system for row in rows)
+    first, second = (tasks.datasets.eurus_row(row).system for row in rows)
     assert first is second
 
 
 def test_reasoning_gym_makes_tasks_that_its_own_scorer_takes_back():
     gym = pytest.importorskip("reasoning_gym")
     config = DataConfig("reasoning_gym", "chain_sum", train_size=40, held_out_size=10)
-    (train, held_out), again = (data.reasoning_gym_problems(config, seed) for seed in (0, 0))
-    assert (train, held_out) == again != data.reasoning_gym_problems(config, 1)
+    (train, held_out), again = (tasks.gym.reasoning_gym_problems(config, seed) for seed in (0, 0))
+    assert (train, held_out) == again != tasks.gym.reasoning_gym_problems(config, 1)
     assert (len(train), len(held_out)) == (40, 10)
     assert not {p.prompt for p in train} & {p.prompt for p in held_out}
     score = gym.get_score_answer_fn("chain_sum")
     assert all(score(p.reference["answer"], p.reference) == 1 and json.dumps(p.reference) for p in train)
     with pytest.raises(BadInput, match="'sums' is no reasoning-gym task"):
-        data.reasoning_gym_problems(replace(config, path="sums"), 0)
+        tasks.gym.reasoning_gym_problems(replace(config, path="sums"), 0)
 
 
 # --- configs ------------------------------------------------------------------------------------------------------
@@ -434,14 +451,15 @@ CONFIGS = chaos.ROOT / "configs"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_one_that_training_takes(path):
-    config = run.read_config(train.Config, [str(path)], path)
-    assert config.run_dir == f"runs/{path.stem}" and config.data.source in data.SOURCES
+    config = infra.config.read_config(train.Config, [str(path)], path)
+    assert config.run_dir == f"runs/{path.stem}" and config.data.source in tasks.SOURCES
 
 
 @pytest.mark.parametrize("name", [path.stem.removeprefix("spro_") for path in CONFIGS.glob("spro_*.yaml")])
 def test_twin_configs_differ_in_the_estimator_alone(name):
-    spro, grpo = (run.flat(run.plain(run.read_config(train.Config, [str(CONFIGS / f"{kind}_{name}.yaml")], None)))
-                  for kind in ("spro", "grpo"))  # fmt: skip
+    files = [str(CONFIGS / f"{kind}_{name}.yaml") for kind in ("spro", "grpo")]
+    configs = [infra.config.read_config(train.Config, [file], None) for file in files]
+    spro, grpo = (infra.config.flat(infra.config.plain(config)) for config in configs)
     differing = {key for key in spro if spro[key] != grpo[key]}
     assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
     assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")

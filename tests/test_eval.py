@@ -9,11 +9,13 @@ import torch
 from helpers import PROMPTS, keys, tiny_model
 
 import eval as eval_module
-from data import DataConfig, chain_solution, chain_tokenizer, encode_prompts, load_problems
-from eval import evaluate, sampling_metrics, token_metrics, wilson_interval
-from reward import GRADERS
-from run import RunStopped
+from data import DataConfig, encode_prompts, load_problems
+from eval import evaluate, wilson_interval
+from infra.errors import RunStopped
+from infra.metrics import sampling_metrics, token_metrics
+from rewards import GRADERS, Grader, RewardConfig
 from sample import Rollout, SampleConfig, sample
+from tasks.chain import chain_solution, chain_tokenizer
 
 CONFIG = SampleConfig(max_new_tokens=9, temperature=0.8)
 TOKENIZER = chain_tokenizer()
@@ -50,7 +52,7 @@ def test_the_interval_covers_the_truth_at_about_its_rate(p):
 
 def test_evaluating_twice_gives_identical_metrics_and_another_seed_or_model_others(held_out):
     first, again, *others = (
-        evaluate(tiny_model(seed=weights), TOKENIZER, *held_out, CONFIG, "", seed)
+        evaluate(tiny_model(seed=weights), TOKENIZER, *held_out, CONFIG, Grader(), seed)
         for weights, seed in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert first == again and 1 <= first["eval/response_length"] <= 9 and first["eval/n"] == 30
@@ -69,7 +71,7 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
 
     monkeypatch.setitem(GRADERS, "crash", lambda text, reference: chain(text, 1 / 0 if text == "fault" else reference))
     monkeypatch.setattr(eval_module, "sample", answers)
-    metrics = evaluate(None, TOKENIZER, problems, prompts, CONFIG, "crash", 5)
+    metrics = evaluate(None, TOKENIZER, problems, prompts, CONFIG, Grader(RewardConfig(grader="crash")), 5)
     assert metrics == {
         "eval/accuracy": pytest.approx((28 - 9) / 28),
         "eval/accuracy_greedy": 1.0,
@@ -78,7 +80,7 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
     }
     assert asked == [(30, {5}, 1, 0.8), (30, {5}, 1, 0.0)]
     with pytest.raises(RunStopped, match="ZeroDivisionError"):  # no verdict at all is no accuracy of 0
-        evaluate(None, TOKENIZER, problems[:2], prompts[:2], CONFIG, "crash", 5)
+        evaluate(None, TOKENIZER, problems[:2], prompts[:2], CONFIG, Grader(RewardConfig(grader="crash")), 5)
 
 
 def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout):

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import reward
-from answers import grade_answer, grade_number, last_box
-from reward import RewardConfig, Verdict, grade, grade_boxed, shaped_rewards
+import rewards.answers
+import rewards.worker
+from rewards import Grader, RewardConfig, Verdict, grade_boxed
+from rewards.answers import grade_answer, grade_number, last_box
 
 pytest.importorskip("math_verify")
 ROOT = Path(__file__).parent.parent
@@ -266,7 +267,7 @@ def cases(block: str) -> list[list[str]]:
 
 def graded(pairs, grader="math") -> list[Verdict]:
     """Verdicts of (reference, text) pairs."""
-    return grade([(SimpleNamespace(reference=reference, grader=grader), text) for reference, text in pairs])
+    return Grader().grade([(SimpleNamespace(reference=reference, grader=grader), text) for reference, text in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +299,9 @@ def test_answers_that_could_hang_a_computer_algebra_system_are_wrong_in_bounded_
     texts = [rf"\boxed{{{answer}}}" for answer in HARMFUL] + [r"\boxed{" * 10_000, "\\" * 100_000]
     for text, verdict in zip(texts, graded([(gold, text) for text in texts]), strict=True):
         assert verdict.score == 0.0, (text[:80], verdict)
-        assert verdict.seconds < reward.VERDICT_SECONDS + 10, text[:80]  # 10: a worker's start on a busy machine
+        assert verdict.seconds < rewards.worker.VERDICT_SECONDS + 10, text[
+            :80
+        ]  # 10: a worker's start on a busy machine
 
 
 @pytest.mark.parametrize("template", [r"\boxed{%s}", "%s", r"$\boxed{%s}$ %s"])
@@ -508,19 +511,19 @@ def test_no_perturbed_gold_answer_is_right(name):
 @pytest.fixture
 def endless(monkeypatch):
     """(gold, text) whose comparison never ends: in a worker, `math` waits where the text says so."""
-    script = "import reward, time\nmath = reward.grade_math\ndef slow(text, reference):\n"
+    script = "import time, rewards.worker\nmath = rewards.worker.grade_math\ndef slow(text, reference):\n"
     script += "    time.sleep(600 if 'forever' in text else 0)\n    return math(text, reference)\n"
-    script += "reward.GRADERS['math'] = slow\nreward.serve()\n"
+    script += "rewards.worker.JUDGES['math'] = slow\nrewards.worker.serve()\n"
     started = subprocess.Popen
 
     def popen(command, **more):
-        return started([command[0], "-c", script], cwd=ROOT, **more)
+        return started([command[0], "-c", script], **more)
 
-    for worker in list(reward._workers):
+    for worker in list(rewards.worker._workers):
         worker.close()
     monkeypatch.setattr(subprocess, "Popen", popen)
     yield ("7", r"forever \boxed{7}")
-    for worker in list(reward._workers):
+    for worker in list(rewards.worker._workers):
         worker.close()
 
 
@@ -529,20 +532,22 @@ def test_one_endless_answer_is_wrong_and_delays_the_others_by_no_more_than_its_l
     graded(pairs)
     start = time.monotonic()
     verdicts = graded([*pairs[:77], endless, *pairs[77:]])
-    assert time.monotonic() - start < reward.VERDICT_SECONDS + 30  # 30: the next worker's start on a busy machine
+    assert (
+        time.monotonic() - start < rewards.worker.VERDICT_SECONDS + 30
+    )  # 30: the next worker's start on a busy machine
     assert verdicts[77].score == 0.0 and "took longer than 2 s" in verdicts[77].reason
     assert [v.score for v in verdicts[:77] + verdicts[78:]] == [float(i % 10 == 7) for i in range(200)]
 
 
 def test_a_worker_that_was_killed_is_replaced_and_no_verdict_lost():
     assert graded([("7", r"\boxed{7}")] * 4)[0].score == 1.0
-    for worker in list(reward._workers):
+    for worker in list(rewards.worker._workers):
         os.kill(worker.process.pid, signal.SIGKILL)
     assert [v.score for v in graded([("7", r"\boxed{7}"), ("7", r"\boxed{8}")] * 20)] == [1.0, 0.0] * 20
 
 
 def test_a_worker_that_cannot_start_is_a_fault_and_not_a_wrong_answer(monkeypatch):
-    for worker in list(reward._workers):
+    for worker in list(rewards.worker._workers):
         worker.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (verdict,) = graded([("7", r"\boxed{7}")])
@@ -550,11 +555,11 @@ def test_a_worker_that_cannot_start_is_a_fault_and_not_a_wrong_answer(monkeypatc
 
 
 def test_a_worker_sees_no_secrets_and_has_its_memory_bounded(monkeypatch):
-    for worker in list(reward._workers):
+    for worker in list(rewards.worker._workers):
         worker.close()
     monkeypatch.setenv("API_TOKEN", "secret")
     graded([("7", r"\boxed{7}")])
-    (pid, *_) = [worker.process.pid for worker in reward._workers]
+    (pid, *_) = [worker.process.pid for worker in rewards.worker._workers]
     assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert re.search(rf"Max address space +{2**30} ", limits) and re.search(r"Max core file size +0 ", limits)
@@ -562,9 +567,9 @@ def test_a_worker_sees_no_secrets_and_has_its_memory_bounded(monkeypatch):
 
 
 def test_workers_end_when_their_trainer_is_killed():
-    script = "import reward, time\nfrom types import SimpleNamespace as P\n"
-    script += "reward.grade([(P(grader='math', reference='7'), '\\\\boxed{7}')])\n"
-    script += "print(*[w.process.pid for w in reward._workers], flush=True)\ntime.sleep(600)"
+    script = "import rewards.worker, time\nfrom types import SimpleNamespace as P\n"
+    script += "rewards.Grader().grade([(P(grader='math', reference='7'), '\\\\boxed{7}')])\n"
+    script += "print(*[w.process.pid for w in rewards.worker._workers], flush=True)\ntime.sleep(600)"
     trainer = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     workers = [Path(f"/proc/{pid}") for pid in trainer.stdout.readline().split()]
     assert workers and all(worker.exists() for worker in workers)
@@ -577,9 +582,9 @@ def test_workers_end_when_their_trainer_is_killed():
 
 
 def test_graders_that_need_a_missing_package_say_so_at_the_start():
-    script = "import importlib.util, sys, reward\nfind = importlib.util.find_spec\n"
+    script = "import importlib.util, sys\nfrom rewards import __main__ as script\nfind = importlib.util.find_spec\n"
     script += "importlib.util.find_spec = lambda name, *more: None if 'math_verify' in name else find(name, *more)\n"
-    script += "sys.argv = ['reward.py', sys.argv[1]]\nsys.exit(reward.main())"
+    script += "sys.argv = ['rewards', sys.argv[1]]\nsys.exit(script.main())"
     for grader, code in (("math", 2), ("number", 0)):
         done = subprocess.run(
             [sys.executable, "-c", script, grader], cwd=ROOT, input="", capture_output=True, text=True
@@ -589,7 +594,7 @@ def test_graders_that_need_a_missing_package_say_so_at_the_start():
 
 
 def test_the_script_answers_each_line_before_it_needs_the_next():
-    command = [sys.executable, "reward.py", "math"]
+    command = [sys.executable, "-m", "rewards", "math"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as script:
         for reference, score in ((7, 1.0), ("8", 0.0), ({"answer": r"\frac{14}{2}"}, 1.0), ([7], None)):
             print(json.dumps({"text": r"\boxed{7}", "reference": reference}), file=script.stdin, flush=True)
@@ -609,7 +614,7 @@ def test_shaped_rewards_add_bonuses_and_the_soft_overlong_penalty():
 
     texts = [r"\boxed{7}", r"\boxed{8}", "7", r"\boxed{7}", r"\boxed{7}", r"\boxed{7}"]
     answers = [(SimpleNamespace(reference="7", grader="number"), text) for text in texts]
-    verdicts = grade(answers)
+    verdicts = Grader().grade(answers)
     verdicts[5] = Verdict(None, "fault")
     lengths = [60, 81, 90, 99, 100, 5]
     config = RewardConfig(bonus={"boxed": 0.1, "number": -0.5}, overlong_buffer=20)
@@ -617,10 +622,10 @@ def test_shaped_rewards_add_bonuses_and_the_soft_overlong_penalty():
         v.score + 0.1 * ("boxed" in text) - 0.5 * v.score + soft_punishment(length, 100, 20)
         for v, text, length in zip(verdicts[:5], texts, lengths, strict=False)
     ]
-    rewards = shaped_rewards(answers, verdicts, lengths, 100, config)
-    assert rewards[:5] == pytest.approx(expected) and math.isnan(rewards[5])
+    shaped = Grader(config).shaped_rewards(answers, verdicts, lengths, 100)
+    assert shaped[:5] == pytest.approx(expected) and math.isnan(shaped[5])
     assert [v.score for v in verdicts] == [1.0, 0.0, 0.0, 1.0, 1.0, None]  # accuracy is of these
-    assert shaped_rewards(answers[:5], verdicts[:5], lengths[:5], 100, RewardConfig()) == [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert Grader().shaped_rewards(answers[:5], verdicts[:5], lengths[:5], 100) == [1.0, 0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The inspector: its numbers against loops over the dump, its page in a real browser, its text without power."""
 
-import argparse
 import copy
 import json
 import math
@@ -17,8 +16,8 @@ from browser import Browser
 from conftest import finished
 from tokenizers import pre_tokenizers
 
-import inspector
-from run import BadInput
+from infra.errors import BadInput
+from tools import inspector
 
 BETA, G = 0.1, 3
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\x1b]0;hit\x07\u202e"
@@ -73,10 +72,7 @@ def run_of(folder, lines=LINES, step=3, **algorithm):
 
 
 def look(folder, *options) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run_or_model")
-    inspector.add_options(parser)
-    inspector.main(parser.parse_args([str(folder), "--inspect", *map(str, options)]))
+    inspector.show(inspector.parser().parse_args([str(folder), *map(str, options)]))
 
 
 def page_of(folder, *options) -> dict:
@@ -227,15 +223,6 @@ def test_bad_input_is_one_line_that_says_what_is_there(case, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_options_of_the_inspector_without_it_are_not_ignored():
-    parser = argparse.ArgumentParser()
-    inspector.add_options(parser)
-    for option in (["--html", "x"], ["--step", "0"], ["--group", "0"]):
-        with pytest.raises(BadInput, match="go with --inspect"):
-            inspector.asked_for(parser.parse_args(option))
-    assert not inspector.asked_for(parser.parse_args([]))
-
-
 def test_what_a_model_wrote_cannot_command_the_terminal(tmp_path, capsys):
     look(run_of(tmp_path))
     out = capsys.readouterr().out
@@ -262,8 +249,8 @@ def test_a_run_is_inspected_from_the_command_line_without_its_model(tmp_path, wa
         folder, warm, "train.steps=2", "train.dump_every=1", "reward.overlong_buffer=10", "train.learning_rate=1e-2"
     )
     shutil.rmtree(folder / "model")
-    script = [sys.executable, str(chaos.ROOT / "sample.py"), str(folder), "--inspect"]
-    done = subprocess.run(script, capture_output=True, text=True)
+    script = [sys.executable, "-m", "tools.inspector", str(folder)]
+    done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "step 2," in done.stdout and "check     ✓" in done.stdout, done.stderr
     assert "as shaped for training" in re.sub(r"\s+", " ", done.stdout)
 

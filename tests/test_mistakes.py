@@ -16,23 +16,27 @@ from conftest import TINY, started
 from helpers import jsonl, saved, tiny_model
 
 import eval as eval_script
-import preflight
-import run
+import infra.config
+import infra.errors
+import infra.processes
+import infra.run_folder
 import sample as sample_script
-import sweep
 import train
-from data import chain_tokenizer
+from infra import preflight
 from model import save
+from tasks.chain import chain_tokenizer
+from tools import sweep
 
+COMMANDS = {"train": "train.py", "sample": "sample.py", "eval": "eval.py", "sweep": "tools/sweep.py"}
 SCRIPTS = {"train": train, "sample": sample_script, "eval": eval_script, "sweep": sweep}
 BENCHMARK = "{model} --benchmark file --data {rows}.jsonl --max-new-tokens 8"
 
 
 def run_folder(folder: Path, **changes) -> Path:
     """A run folder as train.py leaves it, without the training; `changes` go into the saved block `model`."""
-    config = run.plain(run.read_config(train.Config, [*TINY, f"run_dir={folder}"], None))
+    config = infra.config.plain(infra.config.read_config(train.Config, [*TINY, f"run_dir={folder}"], None))
     config["model"] |= changes
-    run.open_run_folder(config)
+    infra.run_folder.open_run_folder(config)
     save(tiny_model(), chain_tokenizer(), folder / "model")
     return folder
 
@@ -64,12 +68,12 @@ def words_of(places, monkeypatch, capsys):
     def ended(script: str, arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *(word.format(**places) for word in arguments.split())])
         with pytest.raises(SystemExit) as end:
-            run.command_line(SCRIPTS[script].main)
+            infra.processes.command_line(SCRIPTS[script].main)
         words = capsys.readouterr().err
         assert words.startswith(("error: ", "stopped: ")) and words.count("\n") == 1, words
         return end.value.code, words
 
-    monkeypatch.setattr(run, "watch", lambda _: None)  # it writes to the real stderr
+    monkeypatch.setattr(train, "watch", lambda _: None)  # it writes to the real stderr
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield ended
     for number, handler in handlers.items():
@@ -117,14 +121,14 @@ def words_of(places, monkeypatch, capsys):
 def test_a_mistake_is_answered_in_one_line_with_code_2_and_costs_nothing(script, arguments, words, words_of, places):
     before = sorted(places["run"].parent.rglob("*"))
     code, said = words_of(script, arguments)
-    assert words in said and code == run.EXIT_BAD_INPUT
+    assert words in said and code == infra.errors.EXIT_BAD_INPUT
     assert sorted(places["run"].parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("what", ["run", "model", "unpadded"])
 def test_any_prompt_can_be_put_to_a_run_and_to_a_model_even_without_a_pad_token(what, places, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", str(places[what]), "3b+5?", "--samples", "2"])
-    run.command_line(sample_script.main)
+    infra.processes.command_line(sample_script.main)
     out, err = capsys.readouterr()
     assert out.count("prompt     3b+5?\nresponse   ") == 2 and not err
 
@@ -133,17 +137,19 @@ def test_any_prompt_can_be_put_to_a_run_and_to_a_model_even_without_a_pad_token(
 
 
 def test_without_the_packages_a_script_names_the_command_that_installs_them():
-    for script in SCRIPTS:
-        done = subprocess.run([sys.executable, "-S", str(chaos.ROOT / f"{script}.py")], capture_output=True, text=True)
+    for file in COMMANDS.values():
+        module = ["-m", file.removesuffix(".py").replace("/", ".")] if "/" in file else [file]
+        command = [sys.executable, "-S", *module]
+        done = subprocess.run(command, cwd=chaos.ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert "torch is not installed" in done.stderr and "pip install -r requirements.txt" in done.stderr
 
 
 def test_an_old_python_can_read_the_scripts_far_enough_to_be_told(monkeypatch):
-    for name in ("preflight", *SCRIPTS):
-        ast.parse((chaos.ROOT / f"{name}.py").read_text(), feature_version=(3, 8))
-        _, second = ast.parse((chaos.ROOT / f"{name}.py").read_text()).body[:2]
-        assert name == "preflight" or ast.unparse(second) == "import preflight"
+    for file in ("infra/preflight.py", *COMMANDS.values()):
+        ast.parse((chaos.ROOT / file).read_text(), feature_version=(3, 8))
+        _, second = ast.parse((chaos.ROOT / file).read_text()).body[:2]
+        assert file == "infra/preflight.py" or ast.unparse(second) == "from infra import preflight"
     assert preflight.complaint() is None
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     assert preflight.complaint().startswith("Python 3.10 or newer is needed")
@@ -190,22 +196,22 @@ def test_out_of_memory_names_the_stage_and_the_knobs_which_may_then_be_turned(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, no_memory)
         code, said = words_of("train", command)
-    assert code == run.EXIT_FAILED and "resume=true goes on" in said
+    assert code == infra.errors.EXIT_FAILED and "resume=true goes on" in said
     assert f"in stage {stage} (CUDA out of memory. Tried to allocate 2.50 GiB): " in said and knob in said
     lower = ["sample.batch_tokens=99", "train.micro_batch_tokens=32", "model.gradient_checkpointing=true"]
     again = [word.format(**places) for word in f"{command} resume=true".split(" ")]
-    config = run.read_config(train.Config, [*again, *lower, "model.offload_reference=true"], None)
-    assert run.open_run_folder(run.plain(config)) == tmp_path / "run"
+    config = infra.config.read_config(train.Config, [*again, *lower, "model.offload_reference=true"], None)
+    assert infra.run_folder.open_run_folder(infra.config.plain(config)) == tmp_path / "run"
 
 
 def test_out_of_memory_in_a_script_is_one_line(words_of, monkeypatch):
     monkeypatch.setattr(sample_script, "sample", no_memory)
     code, said = words_of("sample", "{run} 3b+5?")
-    assert code == run.EXIT_FAILED and "fewer --samples" in said
+    assert code == infra.errors.EXIT_FAILED and "fewer --samples" in said
 
 
 def test_another_runtime_error_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="shapes do not match"), run.enough_memory("update"):
+    with pytest.raises(RuntimeError, match="shapes do not match"), infra.errors.enough_memory("update"):
         raise RuntimeError("shapes do not match")
 
 
@@ -214,21 +220,26 @@ def test_more_processes_than_gpus_are_refused(words_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     code, said = words_of("train", "run_dir={new}")
-    assert code == run.EXIT_BAD_INPUT and "8 processes were started here for 2 GPU(s)" in said
+    assert code == infra.errors.EXIT_BAD_INPUT and "8 processes were started here for 2 GPU(s)" in said
 
 
 def test_a_grader_that_cannot_judge_the_rows_is_named(words_of, tmp_path):
     code, said = words_of("train", f"{' '.join(TINY)} model.path={{model}} run_dir={tmp_path} reward.grader=code")
-    assert code == run.EXIT_FAILED and "does reward.grader fit? fault in grader 'code'" in said
+    assert code == infra.errors.EXIT_FAILED and "does reward.grader fit? fault in grader 'code'" in said
 
 
 def test_a_folder_that_becomes_read_only_ends_a_run_with_one_line(words_of, tmp_path, monkeypatch):
     def refuse(file, _):
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(run, "append_line", refuse)
+    monkeypatch.setattr(train, "append_line", refuse)
     code, said = words_of("train", f"{' '.join(TINY)} model.path={{model}} run_dir={tmp_path / 'run'}")
-    assert code == run.EXIT_FAILED and "cannot write" in said and "metrics.jsonl" in said and "resume=true" in said
+    assert (
+        code == infra.errors.EXIT_FAILED
+        and "cannot write" in said
+        and "metrics.jsonl" in said
+        and "resume=true" in said
+    )
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------
@@ -242,14 +253,14 @@ def test_ctrl_c_before_anything_is_written_needs_no_safe_place(places, monkeypat
     monkeypatch.setattr(train.model, "load", interrupted)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "model.path=any", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(KeyboardInterrupt) as caught:
-        run.command_line(train.main)
+        infra.processes.command_line(train.main)
     preflight.hook(caught.type, caught.value, caught.tb)
     assert capsys.readouterr().err == "stopped: interrupted\n" and not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_in_a_warm_start_says_what_becomes_of_it(tmp_path):
     process = started(tmp_path / "run", on="warm start", n=5, does="SIGINT")
-    assert chaos.exit_code(process, 60) == run.EXIT_STOPPED
+    assert chaos.exit_code(process, 60) == infra.errors.EXIT_STOPPED
     *_, said = (tmp_path / "run.log").read_text().splitlines()
     assert said == "stopped: told to stop during the warm start, which resume=true begins again"
 
@@ -269,7 +280,7 @@ def test_ctrl_c_in_a_benchmark_keeps_what_is_graded_and_the_same_command_goes_on
     with monkeypatch.context() as patch:
         patch.setattr(eval_script, "sample", interrupted)
         code, said = words_of("eval", command)
-    assert code == run.EXIT_STOPPED and "the same command goes on" in said
+    assert code == infra.errors.EXIT_STOPPED and "the same command goes on" in said
     eval_script.main()
     assert "9 problems x 1, 4 done" in capsys.readouterr().out
 
@@ -279,12 +290,16 @@ def test_ctrl_c_in_a_benchmark_keeps_what_is_graded_and_the_same_command_goes_on
 
 def opens(folder: Path) -> None:
     """Try to work in a run folder for a second."""
-    run.LOCK_TRIES = 1
+    infra.run_folder.LOCK_TRIES = 1
     try:
-        run.open_run_folder(run.plain(run.read_config(train.Config, [*TINY, f"run_dir={folder}", "resume=true"], None)))
+        infra.run_folder.open_run_folder(
+            infra.config.plain(
+                infra.config.read_config(train.Config, [*TINY, f"run_dir={folder}", "resume=true"], None)
+            )
+        )
         print("mine")
         time.sleep(1)
-    except run.BadInput as error:
+    except infra.errors.BadInput as error:
         print(error)
 
 
@@ -304,29 +319,31 @@ def test_a_run_that_still_runs_is_left_alone_until_it_is_dead(flag, words_of, tm
     while not steps.exists() or steps.read_text().count("\n") < 2:
         assert process.exitcode is None
         time.sleep(0.05)
-    monkeypatch.setattr(run, "LOCK_TRIES", 1)
+    monkeypatch.setattr(infra.run_folder, "LOCK_TRIES", 1)
     before = sorted(folder.rglob("*"))
     code, said = words_of("train", command)
-    assert code == run.EXIT_BAD_INPUT and f"in use by process {process.pid} on " in said and "wait for it" in said
+    assert (
+        code == infra.errors.EXIT_BAD_INPUT and f"in use by process {process.pid} on " in said and "wait for it" in said
+    )
     assert sorted(folder.rglob("*")) == before
     chaos.kill(process)
     process.join()
-    config = run.plain(run.read_config(train.Config, command.split(" "), None))
-    assert run.open_run_folder(config) == folder
+    config = infra.config.plain(infra.config.read_config(train.Config, command.split(" "), None))
+    assert infra.run_folder.open_run_folder(config) == folder
 
 
 def test_where_the_file_system_knows_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(os.strerror(95))
 
-    monkeypatch.setattr(run.fcntl, "flock", unsupported)
-    run.hold(tmp_path / "lock", "this")
-    assert not run._locks
+    monkeypatch.setattr(infra.run_folder.fcntl, "flock", unsupported)
+    infra.run_folder.hold(tmp_path / "lock", "this")
+    assert not infra.run_folder._locks
 
 
 def test_an_evaluation_that_still_runs_keeps_its_file(words_of, places, tmp_path, monkeypatch):
     with (tmp_path / "out.jsonl.lock").open("w") as other:
-        run.fcntl.flock(other, run.fcntl.LOCK_EX)
-        monkeypatch.setattr(run, "LOCK_TRIES", 1)
+        infra.run_folder.fcntl.flock(other, infra.run_folder.fcntl.LOCK_EX)
+        monkeypatch.setattr(infra.run_folder, "LOCK_TRIES", 1)
         code, said = words_of("eval", f"{BENCHMARK} --output {tmp_path / 'out.jsonl'}")
-    assert code == run.EXIT_BAD_INPUT and "out.jsonl is in use by another process" in said
+    assert code == infra.errors.EXIT_BAD_INPUT and "out.jsonl is in use by another process" in said

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as model_module
-from data import chain_tokenizer
+from infra.errors import BadInput
 from model import (
     ModelConfig,
     build,
@@ -24,8 +24,8 @@ from model import (
     shares_prompts,
     token_log_probs,
 )
-from run import BadInput
 from sample import Rollout, SampleConfig, sample
+from tasks.chain import chain_tokenizer
 
 V = len(chain_tokenizer())
 SMALL = {"hidden_size": 32, "intermediate_size": 64}

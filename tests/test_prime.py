@@ -12,13 +12,15 @@ from helpers import PROMPTS, slow_scores, tiny_model
 from test_ranks import assert_alike
 from test_spro import BETA, G, assert_equal, estimate, make_batch, padded, ragged
 
+import infra.config
+import infra.errors
 import model
-import prime
-import run
 import spro
 import train
-from data import chain_tokenizer
+from baselines import prime
+from infra.memory import memory_plan
 from sample import Rollout
+from tasks.chain import chain_tokenizer
 
 # --- the advantages -----------------------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ def test_a_non_finite_gradient_leaves_the_prm_as_it_was_and_a_step_of_nothing_el
     broken[0, 0] = math.nan
     prm = tiny_model()
     optimizer = train.make_optimizer(prm, config_of().train)
-    with pytest.raises(run.RunStopped, match=r"lower prime\.learning_rate"):
+    with pytest.raises(infra.errors.RunStopped, match=r"lower prime\.learning_rate"):
         whole = [torch.arange(8)]
         prime.score_and_learn(prm, optimizer, train.optimizer_step, config_of(), rollout, VERDICTS, broken, whole)
     assert all(torch.equal(a, b) for a, b in zip(prm.parameters(), tiny_model().parameters(), strict=True))
@@ -225,13 +227,14 @@ def test_prime_refuses_settings_that_mean_nothing():
         ({"prime": {"learning_rate": 0.0}}, "learning_rate=0.0 must be positive"),
         ({"algorithm": {"advantage": "prime", "beta": 0.0}}, "needs algorithm.beta above 0"),
     ):
-        with pytest.raises(run.BadInput, match=words):
-            run.build_config(train.Config, arguments, run.all_keys(train.Config))
+        with pytest.raises(infra.errors.BadInput, match=words):
+            infra.config.build_config(train.Config, arguments, infra.config.all_keys(train.Config))
 
 
 def test_the_memory_plan_counts_the_prms_weights_and_moments():
     policy, sizes = tiny_model(), (8, True, 100, 50, 100, True)
-    alone, both = (model.memory_plan(policy, model.ModelConfig(), *sizes, has_prm) for has_prm in (False, True))
+    plans = (memory_plan(policy, model.ModelConfig(), *sizes, has_prm, 2**25) for has_prm in (False, True))
+    alone, both = plans
     assert both["peak"] - alone["peak"] == pytest.approx(12 * policy.num_parameters() / 8 / 2**30)
 
 
@@ -282,7 +285,7 @@ def test_two_processes_train_a_prm_as_one_does(advantage, update, straight, warm
 def test_a_stop_inside_the_prms_step_and_a_resume_change_nothing(straight, warm, tmp_path):
     folder, go_on = tmp_path / "run", (warm, *PRIME, "resume=true")
     code, words = ran(folder, *go_on, on="optimizer", step=3, n=2, does="SIGTERM")
-    assert code == run.EXIT_STOPPED and "saved after step 3 of 4" in words, words
+    assert code == infra.errors.EXIT_STOPPED and "saved after step 3 of 4" in words, words
     finished(folder, *go_on)
     assert chaos.differences(straight, folder) == []
 

@@ -10,13 +10,17 @@ import zlib
 from pathlib import Path
 
 import pytest
-from helpers import jsonl, published
+from helpers import grade_one, jsonl, published
 
 import data
-import sandbox
-from data import Draw, read_problems
-from reward import RewardConfig, configure, grade_one
-from run import BadInput
+import infra.rng
+import tasks
+import tasks.datasets
+import tasks.print_sum
+from infra.errors import BadInput
+from infra.rng import Draw
+from rewards import Grader, RewardConfig, sandbox
+from tasks.datasets import read_problems
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +39,7 @@ def score(problem, program: str) -> float | None:
 
 def test_humaneval_is_read_as_published_and_its_own_solutions_are_right(box):
     file = published("humaneval/HumanEval.jsonl.gz")
-    problems, rows = read_problems("humaneval", str(file)), [row for _, row in data.rows_of(str(file))]
+    problems, rows = read_problems("humaneval", str(file)), [row for _, row in tasks.datasets.rows_of(str(file))]
     assert len(problems) == 164
     for i in (0, 32, 53, 163):
         assert problems[i].prompt.count(rows[i]["prompt"]) == 1
@@ -102,12 +106,12 @@ def test_packed_tests_can_run_no_code(tmp_path):
 
 def test_the_print_task_asks_for_what_python_prints(box):
     config = data.DataConfig(source="print", min_steps=1, max_steps=6, train_size=300, held_out_size=20)
-    train, held_out = data.load_problems(config, seed=0)
+    train, held_out = data.load_problems(config, 0, Grader())
     assert not {p.prompt for p in train} & {p.prompt for p in held_out}
     for problem in train:
         assert problem.reference == {"inputs": [""], "outputs": [str(eval(problem.prompt.removeprefix("print ")))]}
-    tokenizer = data.TOKENIZERS["print"]()
-    clean = data.print_solution(train[0].prompt)
+    tokenizer = tasks.TOKENIZERS["print"]()
+    clean = tasks.print_sum.print_solution(train[0].prompt)
     assert grade_one("code", clean, train[0].reference).score == 1.0
     ids = tokenizer(train[0].prompt + clean).input_ids
     assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids[1:]) == train[0].prompt + clean
@@ -116,11 +120,11 @@ def test_the_print_task_asks_for_what_python_prints(box):
 def test_the_demonstrator_misreads_at_its_rate_and_always_writes_a_program():
     copied = total = 0
     for i in range(2000):
-        wrong = data.print_solution("print 7*3-2", data.random_for(0, Draw.DEMONSTRATE, i))
+        wrong = tasks.print_sum.print_solution("print 7*3-2", infra.rng.random_for(0, Draw.DEMONSTRATE, i))
         read = re.fullmatch(r"```python\nprint\((\d[-+*]\d[-+*]\d)\)\n```", wrong)[1]
         copied += sum(a == b for a, b in zip(read, "7*3-2", strict=True))
         total += 5
-    expected = 1 - data.MISREAD * (3 * 9 / 10 + 2 * 2 / 3) / 5  # a misread sign may be the same one
+    expected = 1 - tasks.print_sum.MISREAD * (3 * 9 / 10 + 2 * 2 / 3) / 5  # a misread sign may be the same one
     assert abs(copied / total - expected) < 0.015
 
 
@@ -145,9 +149,5 @@ def test_without_a_sandbox_training_on_programs_is_refused_before_it_starts(tmp_
     monkeypatch.setattr(sandbox, "isolation", isolation)
     config = data.DataConfig(source="print", min_steps=1, max_steps=3, train_size=20, held_out_size=5)
     with pytest.raises(BadInput, match=r"not installed.*reward\.allow_unsafe_code_execution=true"):
-        data.load_problems(config, seed=0)
-    try:
-        configure(RewardConfig(allow_unsafe_code_execution=True, grader="code"))
-        data.load_problems(config, seed=0)
-    finally:
-        configure(RewardConfig())
+        data.load_problems(config, 0, Grader())
+    data.load_problems(config, 0, Grader(RewardConfig(allow_unsafe_code_execution=True, grader="code")))

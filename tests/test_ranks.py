@@ -12,12 +12,14 @@ from conftest import TINY, as_of, checkpoints, finished, ran, started
 from helpers import PROMPTS, keys, tiny_model
 from safetensors.torch import load_file, save_file
 
+import infra.checkpoints
+import infra.errors
+import infra.processes
 import model
-import run
 import train
-from data import chain_tokenizer
 from model import ModelConfig
 from sample import Rollout, SampleConfig, sample
+from tasks.chain import chain_tokenizer
 
 # --- one step, by hand --------------------------------------------------------------------------------------------
 
@@ -76,10 +78,10 @@ def gradients(layout: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
 
 
 def gradients_of_ranks(folder) -> None:
-    run.start_processes(timeout_minutes=1)
+    infra.processes.start_processes(timeout_minutes=1)
     for layout in list(LAYOUTS)[1:]:
         for tokens in (1, 1000):
-            save_file(gradients(layout, tokens), folder / f"{layout}, {tokens}, rank {run.rank()}")
+            save_file(gradients(layout, tokens), folder / f"{layout}, {tokens}, rank {infra.processes.rank()}")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +224,7 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_in_one_line(warm, t
 def test_a_signal_to_one_process_stops_both_and_they_go_on_as_if_nothing_had_been(together, warm, tmp_path):
     folder, arguments = tmp_path / "run", (warm, "resume=true", "train.save_every=100")
     code, words = ran(folder, *arguments, ranks=2, rank=1, on="backward", step=3, does="SIGTERM")
-    assert code == run.EXIT_STOPPED and "saved after step 3 of 10" in words, words
+    assert code == infra.errors.EXIT_STOPPED and "saved after step 3 of 10" in words, words
     finished(folder, *arguments, ranks=2)
     assert chaos.differences(together, folder) == []
 
@@ -230,10 +232,10 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on_as_if_nothing_had_bee
 def test_a_full_disk_on_one_process_ends_both_with_one_line_and_loses_nothing(warm, tmp_path):
     code, words = ran(tmp_path / "run", warm, ranks=2, rank=1, on="reward", step=4, does="small disk")
     said = [line for line in words.splitlines() if line.startswith("stopped: ")]
-    assert code == run.EXIT_FAILED and len(said) == 1 and "Traceback" not in words, words
+    assert code == infra.errors.EXIT_FAILED and len(said) == 1 and "Traceback" not in words, words
     assert "the checkpoint of step 4 could not be written" in said[0] and "File too large" in said[0]
     assert checkpoints(tmp_path / "run") == ["step_000002"]
-    assert run.newest_checkpoint(tmp_path / "run").name == "step_000002"
+    assert infra.checkpoints.newest_checkpoint(tmp_path / "run").name == "step_000002"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

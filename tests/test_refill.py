@@ -8,7 +8,8 @@ from conftest import checkpoints, finished, ran
 from test_ranks import assert_alike
 
 import data
-import run
+import infra.config
+import infra.errors
 import train
 
 WANTED, REFILLS = 4, 3
@@ -51,8 +52,8 @@ def test_batches_are_sampled_until_enough_groups_are_kept_and_the_first_of_those
 
 
 def test_no_prompt_is_skipped_or_sampled_twice(refilled):
-    config = run.read_config(train.Config, [str(refilled / "config.yaml")], None)
-    problems, _ = data.load_problems(config.data, config.seed, config.reward.grader)
+    config = infra.config.read_config(train.Config, [str(refilled / "config.yaml")], None)
+    problems, _ = data.load_problems(config.data, config.seed)
     asked = [group[0]["prompt"] for file in sorted((refilled / "samples").iterdir()) for group in groups_of(file)]
     state = json.loads((refilled / "checkpoints" / checkpoints(refilled)[-1] / "state.json").read_text())
     assert state["position"] == len(asked) == sum(row["groups/sampled"] for row in chaos.metrics(refilled)[1:])
@@ -64,7 +65,7 @@ def test_no_prompt_is_skipped_or_sampled_twice(refilled):
 def test_a_run_stopped_between_refills_goes_on_as_if_nothing_had_been(n, refilled, warm, tmp_path):
     folder, go_on = tmp_path / "run", (warm, *REFILL, "resume=true")
     code, words = ran(folder, *go_on, on="reward", n=n, does="SIGTERM")  # while the n-th batch is graded
-    assert code == run.EXIT_STOPPED, words
+    assert code == infra.errors.EXIT_STOPPED, words
     finished(folder, *go_on)
     assert chaos.differences(refilled, folder) == []
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import yaml
 
-import report
-import run
+import infra.config
 import train
+from tools import report
 
 STEPS = 10
 
 
 def made(folder: Path, accuracy, warm: str = "", seed: int = 0, rows: int = STEPS + 1, **algorithm) -> Path:
     """A run folder of `rows` rows; `accuracy` is a function of the step, evaluated at every fifth."""
-    config = run.plain(train.Config(seed=seed, run_dir=str(folder)))
+    config = infra.config.plain(train.Config(seed=seed, run_dir=str(folder)))
     config["train"]["steps"], config["model"]["path"] = STEPS, warm
     config["algorithm"] |= {"advantage": "grpo", **algorithm}
     folder.mkdir(parents=True)
@@ -56,8 +56,8 @@ def swept(out: Path, gain: float = 0.1) -> Path:
 
 
 def reported(*arguments) -> tuple[int, str, str]:
-    command = [sys.executable, str(chaos.ROOT / "report.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.report", *map(str, arguments)]
+    done = subprocess.run(command, cwd=chaos.ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -221,8 +221,8 @@ def test_the_live_view_shows_what_runs_and_ends_quietly(tmp_path):
     assert lines[0].startswith("3 runs, 1 finished") and len(lines) == 5 and max(map(len, lines)) <= 100
     assert "alive" in lines[1] and "6/10" in lines[1] and "accuracy 0.5" in lines[1] and "accuracy ▁█" in lines[2]
     assert "warming up" in lines[3]
-    command = [sys.executable, str(chaos.ROOT / "report.py"), str(tmp_path), "--watch", "0.2"]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tools.report", str(tmp_path), "--watch", "0.2"]
+    watching = subprocess.Popen(command, cwd=chaos.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "3 runs" in watching.stdout.readline()
     time.sleep(0.3)
     watching.send_signal(signal.SIGINT)
@@ -230,5 +230,5 @@ def test_the_live_view_shows_what_runs_and_ends_quietly(tmp_path):
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, report; assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
+    code = "import sys, tools.report; assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=chaos.ROOT, check=True)

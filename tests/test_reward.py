@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import grade_one
 
-from reward import ATTEMPTS, GRADERS, grade_chain, grade_one
+from rewards import ATTEMPTS, GRADERS, grade_chain
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +58,7 @@ def test_a_score_that_is_no_number_from_0_to_1_is_a_fault(score, monkeypatch):
 
 def script(*arguments, stdin: bytes = b""):
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in any UTF-8 locale but C.UTF-8
-    command = [sys.executable, "reward.py", *arguments]
+    command = [sys.executable, "-m", "rewards", *arguments]
     result = subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, env=environment)
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
@@ -101,5 +102,5 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments):
 
 
 def test_verdicts_need_no_torch():
-    command = [sys.executable, "-c", "import reward, sys; sys.exit('torch' in sys.modules)"]
+    command = [sys.executable, "-c", "import rewards, sys; sys.exit('torch' in sys.modules)"]
     assert subprocess.run(command, cwd=ROOT).returncode == 0

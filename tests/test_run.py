@@ -20,11 +20,15 @@ import yaml
 from conftest import TINY, checkpoints, finished, ran, started
 from helpers import tiny_model
 
-import run
+import infra.checkpoints
+import infra.config
+import infra.errors
+import infra.run_folder
 import train
-from data import chain_tokenizer
+from infra.config import read_config
+from infra.errors import BadInput, RunStopped
 from model import load
-from run import BadInput, RunStopped, read_config
+from tasks.chain import chain_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
 CONFIGS = sorted((chaos.ROOT / "configs").rglob("*.yaml"))
@@ -52,7 +56,7 @@ def test_every_config_of_the_project_loads_and_survives_being_written_down(file,
     config = config_of(str(file))
     assert config.run_dir == f"runs/{file.stem}"
     written = tmp_path / "config.yaml"
-    written.write_text(yaml.safe_dump(run.plain(config)))
+    written.write_text(yaml.safe_dump(infra.config.plain(config)))
     assert config_of(str(written)) == config
 
 
@@ -179,7 +183,7 @@ def test_a_config_overrides_its_base_key_by_key_and_is_saved_resolved(tmp_path):
     config = config_of(str(top), "train.save_every=2")
     assert (config.seed, config.train.steps, config.train.save_every) == (4, 5, 2)
     assert config.train.adam_betas == (0.7, 0.8) and config.model.scratch == {"hidden_size": 64}
-    assert config.run_dir == "runs/top" and "base" not in run.plain(config)
+    assert config.run_dir == "runs/top" and "base" not in infra.config.plain(config)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_base_that_is_none_is_refused_in_one_line(texts, words, tmp_path):
 @pytest.mark.parametrize("file", [f for f in ABLATIONS if f.stem not in {"base", *TASKS}], ids=lambda file: file.stem)
 def test_an_ablation_differs_from_its_base_in_one_key(file):
     base = file.parent / yaml.safe_load(file.read_text())["base"]
-    mine, its = run.flat(run.read_yaml(file)), run.flat(run.read_yaml(base))
+    mine, its = infra.config.flat(infra.config.read_yaml(file)), infra.config.flat(infra.config.read_yaml(base))
     differing = [key for key in mine | its if mine.get(key) != its.get(key)]
     assert len(differing) == (file.stem != "spro")  # spro.yaml is base.yaml by its own name
 
@@ -218,7 +222,7 @@ def test_bad_input_ends_the_script_with_code_2_and_one_line():
 
 
 def opened(folder: Path, *arguments) -> Path:
-    return run.open_run_folder(run.plain(config_of(f"run_dir={folder}", *arguments)))
+    return infra.run_folder.open_run_folder(infra.config.plain(config_of(f"run_dir={folder}", *arguments)))
 
 
 def test_a_run_folder_in_use_is_left_alone_unless_resume_or_overwrite_is_given(tmp_path):
@@ -276,7 +280,7 @@ def test_a_run_killed_before_its_config_was_written_can_be_started_again(functio
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, function, killed)
+        patch.setattr(infra.run_folder, function, killed)
         opened(tmp_path / "run", flag)
     opened(tmp_path / "run", flag)
 
@@ -308,14 +312,14 @@ def test_metrics_are_cut_back_to_a_step_and_a_half_written_line_is_dropped(tmp_p
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": step / 3, "bad": float("nan")} for step in range(5)]
     for row in rows:
-        run.append_line(file, row)
+        infra.run_folder.append_line(file, row)
     whole = file.read_text()
     file.write_text(whole + '{"step": 5, "los')
-    assert [row["step"] for row in run.keep_metrics_through(tmp_path, 9)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in infra.run_folder.keep_metrics_through(tmp_path, 9)] == [0, 1, 2, 3, 4]
     assert file.read_text() == whole  # to the last digit
-    run.keep_metrics_through(tmp_path, 2)
+    infra.run_folder.keep_metrics_through(tmp_path, 2)
     assert file.read_text() == "".join(whole.splitlines(keepends=True)[:3])
-    assert run.keep_metrics_through(tmp_path, -1) == [] and file.read_text() == ""
+    assert infra.run_folder.keep_metrics_through(tmp_path, -1) == [] and file.read_text() == ""
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -357,7 +361,9 @@ def three_checkpoints(tmp_path_factory) -> Path:
     folder, (policy, optimizer) = tmp_path_factory.mktemp("three"), trainable()
     for step in (1, 2, 3):
         learn(policy, optimizer, step)
-        run.save_checkpoint(folder, step, {"policy": (policy, optimizer)}, {"step": step, "position": 4 * step}, keep=3)
+        infra.checkpoints.save_checkpoint(
+            folder, step, {"policy": (policy, optimizer)}, {"step": step, "position": 4 * step}, keep=3
+        )
     return folder
 
 
@@ -373,13 +379,15 @@ def test_a_checkpoint_brings_back_weights_moments_adam_step_and_state_to_the_las
     for seed in range(3):
         learn(policy, optimizer, seed)
     state = {"step": 2, "position": 8, "best": {"step": 1, "eval/accuracy": 1 / 3}, "after": None}
-    run.save_checkpoint(tmp_path, 2, {"policy": (policy, optimizer)}, state, keep=2)
+    infra.checkpoints.save_checkpoint(tmp_path, 2, {"policy": (policy, optimizer)}, state, keep=2)
     saved_tensors = everything(policy, optimizer)
     learn(policy, optimizer, 3)
     continued = everything(policy, optimizer)
 
     policy, optimizer = trainable(tied)
-    loaded = run.load_checkpoint(run.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)})
+    loaded = infra.checkpoints.load_checkpoint(
+        infra.checkpoints.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)}
+    )
     assert {key: loaded[key] for key in state} == state
     assert_same(everything(policy, optimizer), saved_tensors)
     learn(policy, optimizer, 3)
@@ -391,9 +399,9 @@ def test_a_checkpoint_of_two_models_keeps_them_apart(tmp_path):
     for name, seeds in (("policy", (0, 1)), ("prm", (2, 3, 4))):  # the one has taken two steps and the other three
         for seed in seeds:
             learn(*trained[name], seed)
-    run.save_checkpoint(tmp_path, 1, trained, {"step": 1}, keep=2)
+    infra.checkpoints.save_checkpoint(tmp_path, 1, trained, {"step": 1}, keep=2)
     again = {"policy": trainable(), "prm": trainable()}
-    run.load_checkpoint(run.newest_checkpoint(tmp_path), again)
+    infra.checkpoints.load_checkpoint(infra.checkpoints.newest_checkpoint(tmp_path), again)
     for name in trained:
         assert_same(everything(*again[name]), everything(*trained[name]))
     assert not torch.equal(*(next(pair[0].parameters()) for pair in again.values()))
@@ -401,25 +409,30 @@ def test_a_checkpoint_of_two_models_keeps_them_apart(tmp_path):
 
 def test_a_checkpoint_of_a_resumed_run_counts_adam_steps_on(folder):
     policy, optimizer = trainable()
-    state = run.load_checkpoint(
-        run.newest_checkpoint(folder), {"policy": (policy, optimizer)}
+    state = infra.checkpoints.load_checkpoint(
+        infra.checkpoints.newest_checkpoint(folder), {"policy": (policy, optimizer)}
     )  # as train.resume keeps it
     learn(policy, optimizer, 4)
-    run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, state | {"step": 4}, keep=3)
+    infra.checkpoints.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, state | {"step": 4}, keep=3)
     expected = everything(policy, optimizer)
     policy, optimizer = trainable()
-    assert run.load_checkpoint(run.newest_checkpoint(folder), {"policy": (policy, optimizer)})["step"] == 4
+    assert (
+        infra.checkpoints.load_checkpoint(infra.checkpoints.newest_checkpoint(folder), {"policy": (policy, optimizer)})[
+            "step"
+        ]
+        == 4
+    )
     assert_same(everything(policy, optimizer), expected)
 
 
 def test_a_checkpoint_before_the_first_optimizer_step_can_be_loaded(tmp_path):
     policy, optimizer = trainable()
-    run.save_checkpoint(tmp_path, 0, {"policy": (policy, optimizer)}, {"step": 0}, keep=2)
+    infra.checkpoints.save_checkpoint(tmp_path, 0, {"policy": (policy, optimizer)}, {"step": 0}, keep=2)
     learn(policy, optimizer, 0)
     expected = everything(policy, optimizer)
     policy, optimizer = trainable()
     learn(policy, optimizer, 9)
-    run.load_checkpoint(run.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)})
+    infra.checkpoints.load_checkpoint(infra.checkpoints.newest_checkpoint(tmp_path), {"policy": (policy, optimizer)})
     learn(policy, optimizer, 0)
     assert_same(everything(policy, optimizer), expected)
 
@@ -447,19 +460,24 @@ DAMAGE = {
 @pytest.mark.parametrize("damage, words", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(damage, words, folder, capsys):
     damage(folder / "checkpoints" / "step_000003")
-    assert run.newest_checkpoint(folder).name == "step_000002"
+    assert infra.checkpoints.newest_checkpoint(folder).name == "step_000002"
     said = capsys.readouterr().out
     assert "step_000003 is damaged" in said and words in said
     assert checkpoints(folder) == ["damaged_step_000003", "step_000001", "step_000002"]
     policy, optimizer = trainable()
-    assert run.load_checkpoint(run.newest_checkpoint(folder), {"policy": (policy, optimizer)})["position"] == 8
+    assert (
+        infra.checkpoints.load_checkpoint(infra.checkpoints.newest_checkpoint(folder), {"policy": (policy, optimizer)})[
+            "position"
+        ]
+        == 8
+    )
     assert not capsys.readouterr().out
 
 
 def test_without_any_sound_checkpoint_there_is_none_and_none_is_deleted(folder, capsys):
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "state.json").unlink()
-    assert run.newest_checkpoint(folder) is None
+    assert infra.checkpoints.newest_checkpoint(folder) is None
     assert capsys.readouterr().out.count("is damaged") == 3
     assert all(name.startswith("damaged_") for name in checkpoints(folder)) and len(checkpoints(folder)) == 3
 
@@ -471,11 +489,11 @@ def test_old_checkpoints_go_only_once_the_new_one_is_complete(folder, monkeypatc
     def watched(path, *args, **kwargs):
         if Path(path).suffix != ".tmp":
             removed.append(Path(path).name)
-            assert run.fault_of(new) is None
+            assert infra.checkpoints.fault_of(new) is None
         remove(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", watched)
-    run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
+    infra.checkpoints.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
     assert removed == ["step_000001", "step_000002"]
     assert checkpoints(folder) == ["step_000003", "step_000004"]
 
@@ -490,10 +508,10 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_not_reported_as_a_new_one_t
     policy, optimizer = trainable()
     monkeypatch.setattr(shutil, "rmtree", refuse)
     try:
-        run.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
+        infra.checkpoints.save_checkpoint(folder, 4, {"policy": (policy, optimizer)}, {"step": 4}, keep=2)
     except RunStopped as stop:
         assert "could not be written" not in str(stop)
-    assert run.newest_checkpoint(folder).name == "step_000004"
+    assert infra.checkpoints.newest_checkpoint(folder).name == "step_000004"
 
 
 def fill_the_disk_at_every_operation(folder: Path) -> None:
@@ -516,15 +534,15 @@ def fill_the_disk_at_every_operation(folder: Path) -> None:
     for n in range(1, 99):
         step, before, left = 3 + n, checkpoints(folder), n
         try:
-            run.save_checkpoint(folder, step, {"policy": (policy, optimizer)}, {"step": step}, keep=3)
+            infra.checkpoints.save_checkpoint(folder, step, {"policy": (policy, optimizer)}, {"step": step}, keep=3)
             assert left > 0 or f"{step:06d}" not in name, f"{name}: the save went on as if nothing had happened"
         except RunStopped as stop:
             assert "No space left on device" in str(stop) and "\n" not in str(stop), f"{name}: {stop}"
-            assert stop.code == run.EXIT_FAILED
+            assert stop.code == infra.errors.EXIT_FAILED
         undisturbed, left = left > 0, 0
         now = checkpoints(folder)
         assert not [c for c in now if c.endswith(".tmp")], f"{name}: leaves {now}"
-        assert all(run.fault_of(folder / "checkpoints" / c) is None for c in now), name
+        assert all(infra.checkpoints.fault_of(folder / "checkpoints" / c) is None for c in now), name
         assert len(now) >= 3 and set(before[-2:]) <= set(now), f"{name}: lost a checkpoint, {before} -> {now}"
         if undisturbed:
             break
@@ -536,15 +554,21 @@ def test_a_disk_that_fills_at_any_moment_of_a_save_costs_no_checkpoint(folder, t
     assert chaos.exit_code(process, 60) == 0, (tmp_path / "log").read_text()
 
 
+def sources() -> list[Path]:
+    """The project's own code: neither tests, nor benchmarks, nor an environment that lies in the folder."""
+    rooms = ("infra", "rewards", "tasks", "fast", "baselines", "tools")
+    return [*chaos.ROOT.glob("*.py"), *(file for room in rooms for file in (chaos.ROOT / room).glob("*.py"))]
+
+
 def test_nothing_in_the_project_can_load_code():
     """No pickle and its like, no torch.load, no unsafe YAML, no eval, no remote code.
 
-    But for what is sent into the sandbox to be run there, and data.py's unpickler, which knows no class.
+    But for what is sent into the sandbox to be run there, and datasets.py's unpickler, which knows no class.
     """
     modules = re.compile(r"(_?pickle|cPickle|dill|marshal|shelve|joblib|cloudpickle)(\..*)?")
     calls = re.compile(r"torch\.load|yaml\.(full_|unsafe_)?load|eval|exec|compile|allow_pickle|trust_remote_code")
     found = []
-    for file in chaos.ROOT.glob("*.py"):
+    for file in sources():
         tree = ast.parse(file.read_text())
         boxed = {"_inside", "_program", "_script", "_remote"} if file.name == "sandbox.py" else set()
         tree.body = [node for node in tree.body if getattr(node, "name", "") not in boxed]
@@ -555,7 +579,7 @@ def test_nothing_in_the_project_can_load_code():
             elif isinstance(node, ast.Call):
                 names, bad = [ast.unparse(node.func), *(word.arg for word in node.keywords if word.arg)], calls
             found += [f"{file.name}:{node.lineno}: {name}" for name in names if bad.fullmatch(name)]
-    assert sorted(re.sub(r":\d+", "", name) for name in found) == ["data.py: pickle", "sandbox.py: marshal"]
+    assert sorted(re.sub(r":\d+", "", name) for name in found) == ["datasets.py: pickle", "sandbox.py: marshal"]
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
@@ -623,7 +647,7 @@ def test_a_run_that_is_stopped_and_resumed_at_every_turn_ends_as_the_straight_on
         (3, 3, {"on": "backward", "does": "SIGTERM", "step": 3, "n": 2}),  # step 3 is finished
     ):
         code, words = ran(folder, *go_on, **spec)
-        assert code == run.EXIT_STOPPED == 75, words
+        assert code == infra.errors.EXIT_STOPPED == 75, words
         assert f"stopped: saved after step {saved_step} of 4; resume=true goes on" in words
         assert f"{spec['does']}: stopping at the next safe place" in words and "Traceback" not in words
         assert checkpoints(folder)[-1] == f"step_{saved_step:06d}", step
@@ -643,7 +667,7 @@ def test_a_run_that_is_stopped_and_resumed_at_every_turn_ends_as_the_straight_on
 def test_a_run_stopped_before_any_evaluation_can_be_ended_where_it_stands(warm, tmp_path):
     folder = tmp_path / "run"
     code, words = ran(folder, warm, "train.steps=4", on="backward", step=2, does="SIGTERM")
-    assert code == run.EXIT_STOPPED and "saved after step 2" in words
+    assert code == infra.errors.EXIT_STOPPED and "saved after step 2" in words
     assert "done in" in finished(folder, warm, "train.steps=2", "resume=true")
     assert (folder / "model" / "model.safetensors").exists()
 
@@ -667,7 +691,7 @@ def test_a_disk_that_is_too_small_ends_a_run_with_one_line_and_loses_nothing(str
 
     def stops(words_wanted: str, **spec) -> None:
         code, words = ran(folder, *go_on, **spec)
-        assert code == run.EXIT_FAILED and "Traceback" not in words, words
+        assert code == infra.errors.EXIT_FAILED and "Traceback" not in words, words
         said = [line for line in words.splitlines() if line.startswith("stopped: ")]
         assert len(said) == 1 and words_wanted in said[0], words
         assert not list((folder / "checkpoints").glob("*.tmp"))

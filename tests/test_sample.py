@@ -22,9 +22,10 @@ from helpers import (
     tiny_model,
 )
 
-from data import Draw, chain_tokenizer
+from infra.rng import Draw
 from model import ModelConfig, load, rollout_log_probs, save, shard, token_log_probs
 from sample import DECODING, InverseCDF, Rollout, SampleConfig, line_ids, sample, uniforms
+from tasks.chain import chain_tokenizer
 
 CONFIG = SampleConfig(group_size=16, max_new_tokens=12, temperature=0.7)
 pads = pytest.mark.parametrize("pad_is_eos", [False, True])

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import grade_one
 
-import sandbox
-from reward import extract_program, grade_code, grade_one, same_text, same_value
-from sandbox import Limits, Outcome, SandboxError, run_program
+from rewards import sandbox
+from rewards.programs import extract_program, grade_code, same_text, same_value
+from rewards.sandbox import Limits, Outcome, SandboxError, run_program
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
@@ -391,9 +392,8 @@ def test_daemons_die_with_their_box():
 
 @boxed
 def test_boxes_die_with_a_trainer_that_is_killed():
-    code = (
-        "import sandbox; sandbox.run_program('import time; time.sleep(999) # 86414', b'', sandbox.Limits(seconds=999))"
-    )
+    code = "from rewards.sandbox import Limits, run_program\n"
+    code += "run_program('import time; time.sleep(999) # 86414', b'', Limits(seconds=999))"
     before = len(processes("bwrap"))
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: len(processes("_inside")) > 1)
@@ -910,9 +910,9 @@ def test_unsafe_execution_must_be_asked_for_and_still_bounds_time_memory_and_out
 )
 def test_it_works_for_a_user_who_is_not_root():
     other = [str(shutil.which("setpriv")), "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-B"]
-    if subprocess.run([*other, "-c", "import sandbox"], cwd=ROOT, capture_output=True).returncode:
+    if subprocess.run([*other, "-c", "import rewards.sandbox"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("there is no /usr/bin/python3, or this folder is closed to others")
-    done = subprocess.run([*other, "sandbox.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*other, "-m", "rewards.sandbox"], cwd=ROOT, capture_output=True, text=True)
     if "does not work here" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0 and "FAILED" not in done.stdout and "100 of 100" in done.stdout, done
@@ -921,6 +921,7 @@ def test_it_works_for_a_user_who_is_not_root():
 def test_the_script_grades_references_that_are_objects():
     row = {"text": block(SUM), "reference": {"inputs": ["3 4"], "outputs": ["7"]}}
     lines = json.dumps(row) + "\n" + json.dumps(row | {"text": ""}) + "\n"
-    done = subprocess.run([sys.executable, "reward.py", "code"], input=lines, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "rewards", "code"]
+    done = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["score"] for line in done.stdout.splitlines()] == ([1.0, 0.0] if LEVEL else [None, None])

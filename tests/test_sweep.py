@@ -13,9 +13,9 @@ import pytest
 import yaml
 from conftest import TINY
 
-import run
-import sweep
-from run import BadInput
+import infra.errors
+from infra.errors import BadInput
+from tools import sweep
 
 ENV = os.environ | chaos.AT_ONCE
 QUICK = [*TINY[1:], "train.steps=6", "eval.every=3"]
@@ -28,8 +28,21 @@ def configs(folder: Path) -> list[str]:
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    script, out = str(chaos.ROOT / "sweep.py"), str(folder / "out")
-    return [sys.executable, script, *configs(folder), *QUICK, "--out", out, "--jobs", "2", "--seeds", "2", *more]
+    out = str(folder / "out")
+    return [
+        sys.executable,
+        "-m",
+        "tools.sweep",
+        *configs(folder),
+        *QUICK,
+        "--out",
+        out,
+        "--jobs",
+        "2",
+        "--seeds",
+        "2",
+        *more,
+    ]
 
 
 def states(out: Path) -> dict[str, float]:
@@ -39,15 +52,15 @@ def states(out: Path) -> dict[str, float]:
 
 def test_a_sweep_that_is_cut_goes_on_and_a_finished_one_is_left_alone(tmp_path):
     out = tmp_path / "out"
-    cut = subprocess.Popen(command(tmp_path), env=ENV, stderr=subprocess.PIPE, text=True)
+    cut = subprocess.Popen(command(tmp_path), cwd=chaos.ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
     while not any(len(file.read_text().splitlines()) > 3 for file in out.glob("*/*/metrics.jsonl")):
         assert cut.poll() is None, cut.stderr.read()
         time.sleep(0.05)
     cut.send_signal(signal.SIGTERM)
-    assert cut.wait(60) == run.EXIT_STOPPED and "the same command goes on" in cut.stderr.read()
+    assert cut.wait(60) == infra.errors.EXIT_STOPPED and "the same command goes on" in cut.stderr.read()
     assert not list(out.glob("*/warm0-seed1/model"))  # the second seed had not begun, and nothing runs on
 
-    whole = subprocess.run(command(tmp_path), env=ENV, capture_output=True, text=True)
+    whole = subprocess.run(command(tmp_path), cwd=chaos.ROOT, env=ENV, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     folders = sorted(str(folder.parent.relative_to(out)) for folder in out.glob("*/warm0-*/model"))
     assert folders == [f"{name}/warm0-seed{seed}" for name in ("grpo", "spro") for seed in (0, 1)]
@@ -61,7 +74,7 @@ def test_a_sweep_that_is_cut_goes_on_and_a_finished_one_is_left_alone(tmp_path):
     assert len(starts) == 1 and Path(*starts).exists()
 
     before = states(out)
-    again = subprocess.run(command(tmp_path), env=ENV, capture_output=True, text=True)
+    again = subprocess.run(command(tmp_path), cwd=chaos.ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "4 runs" in again.stdout and ", 0 of them to be made" in again.stdout
     assert states(out) == before
 

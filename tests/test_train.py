@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import model
 import train
-from data import Draw, chain_tokenizer, random_for
-from eval import tensorboard
+from infra.config import read_config
+from infra.metrics import tensorboard
+from infra.rng import Draw, random_for
 from sample import Rollout
 from spro import ADVANTAGES
+from tasks.chain import chain_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "tiny.jsonl"
@@ -92,7 +94,7 @@ def test_the_saved_model_answers_as_the_trained_one_did(tiny_run):
     """Greedy answers of a plain `generate` on the saved folder score what the run's last evaluation scored."""
     folder, _ = tiny_run
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), model.load(folder / "model")[1]
-    config = train.run.read_config(train.Config, [str(folder / "config.yaml")], None)
+    config = read_config(train.Config, [str(folder / "config.yaml")], None)
     held_out = train.data.load_problems(config.data, config.seed)[1][: config.eval.prompts]
     right = 0
     for problem in held_out:
@@ -142,7 +144,7 @@ def test_tensorboard_is_not_needed_unless_wanted_and_then_named(tmp_path, monkey
 
 def test_dumped_advantages_are_those_of_the_dumped_log_probs(tiny_run):
     """Eq. 11-13 in plain Python, from nothing but the dump."""
-    config = train.run.read_config(train.Config, [str(tiny_run[0] / "config.yaml")], None)
+    config = read_config(train.Config, [str(tiny_run[0] / "config.yaml")], None)
     rows = [json.loads(line) for line in (tiny_run[0] / "samples" / "step_000010.jsonl").read_text().splitlines()]
     for start in range(0, 16, 4):
         group = rows[start : start + 4]

@@ -1,6 +1,8 @@
-"""Runs of several configs over warm starts and seeds, as `train.py` processes, a few at a time; report.py reads them.
+"""Runs of several configs over warm starts and seeds, as `train.py` processes, a few at a time.
 
-    python sweep.py CONFIG.yaml [CONFIG.yaml ...] --seeds 5 --warm-starts 2 --jobs 2 --out runs/sweep [key=value ...]
+    python -m tools.sweep CONFIG.yaml [CONFIG.yaml ...] --seeds 5 --warm-starts 2 --jobs 2 --out runs/sweep [KEY=VALUE]
+
+tools/report.py reads what comes out.
 
 A run's folder is OUT/<config>/warm<W>-seed<S>, what it says goes to ....log beside it. Every config runs every (W, S),
 so that runs can be compared in pairs; S counts from 1000 W. Configs that agree in model, data and warm-start settings
@@ -8,7 +10,7 @@ share a warm start of seed W, in OUT/warm_starts; a config with a model.path sta
 leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
 """
 
-import preflight  # noqa: F401  # isort: skip  (first of all)
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import argparse
 import json
@@ -23,8 +25,9 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-import run
-from run import BadInput, Parser, RunStopped
+from infra.config import changes, flat, plain, read_config
+from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped
+from infra.processes import command_line
 from train import Config
 
 SEEDS_APART = 1000  # from the seeds of one warm start to those of the next
@@ -36,7 +39,7 @@ def finished(config: Config) -> bool:
     folder = Path(config.run_dir)
     try:
         steps = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        changed = run.changes(yaml.safe_load((folder / "config.yaml").read_text()), run.plain(config))
+        changed = changes(yaml.safe_load((folder / "config.yaml").read_text()), plain(config))
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
         return False
     return not changed and steps == config.train.steps and (folder / "model").exists()
@@ -47,9 +50,9 @@ def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[in
     runs, warm_starts = {}, {}
     for (warm, seed), file in ((pair, file) for pair in pairs for file in files):
         folder, arguments = str(out / Path(file).stem / f"warm{warm}-seed{seed}"), [file, *overrides, f"seed={seed}"]
-        config = run.read_config(Config, arguments, None)
+        config = read_config(Config, arguments, None)
         if not config.model.path:
-            settings = {k: v for k, v in run.flat(run.plain(config)).items() if k.startswith(MAKES_WARM_START)}
+            settings = {k: v for k, v in flat(plain(config)).items() if k.startswith(MAKES_WARM_START)}
             start = out / "warm_starts" / f"{zlib.crc32(json.dumps(settings).encode()):08x}-seed{warm}"
             config.model.path = f"{start}/warm_start/model"
             if not Path(config.model.path).exists():
@@ -64,7 +67,7 @@ def start(folder: str, arguments: list[str]) -> subprocess.Popen:
     """train.py, under way; it refuses a folder in which one that an earlier sweep left alive is still at work."""
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments, f"run_dir={folder}"]
+        command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), *arguments, f"run_dir={folder}"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
@@ -95,7 +98,7 @@ def run_all(waiting: dict[str, list[str]], jobs: int, what: str) -> int:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="-m tools.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.yaml | key=value")
     parser.add_argument("--seeds", type=int, default=5, help="runs of a config from each warm start (5)")
     parser.add_argument("--warm-starts", type=int, default=1, help="warm starts, each from its own seed (1)")
@@ -114,10 +117,10 @@ def main() -> None:
     try:  # where a warm start failed, so will the runs that need it, and name it
         failed = run_all(warm_starts, args.jobs, "warm starts") + run_all(runs, args.jobs, "runs")
     except KeyboardInterrupt:
-        raise RunStopped("what was under way is saved; the same command goes on", run.EXIT_STOPPED) from None
+        raise RunStopped("what was under way is saved; the same command goes on", EXIT_STOPPED) from None
     if failed:
         raise RunStopped(f"{failed} failed; the same command goes on where they stand")
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    command_line(main)

@@ -21,7 +21,7 @@ def complaint():
         return f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: use a newer one"
     from importlib.metadata import PackageNotFoundError, version
 
-    requirements = (Path(__file__).parent / "requirements.txt").read_text()
+    requirements = (Path(__file__).parent.parent / "requirements.txt").read_text()
     for name, least in re.findall(r"^([\w-]+)[=>]=([\d.]+)", requirements, re.M):
         try:
             found, least = version(name), OLDEST.get(name, least)

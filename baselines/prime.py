@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import model
-import run
-from eval import timed
-from run import RunStopped
+from infra.errors import RunStopped
+from infra.metrics import timed
+from infra.processes import all_reduce
 from sample import Rollout
 from spro import process_reward
 
@@ -75,7 +75,7 @@ def score_and_learn(
             part, seen = rollout.at(rows), torch.zeros(len(rows), rollout.mask.shape[1])
             losses = prm_losses(prm, config, part, verdicts[rows], ref_log_probs[rows], seen)
             steps.append(optimizer_step(prm, optimizer, config.prime.learning_rate, MAX_GRAD_NORM, losses))
-            log_probs[rows] = run.all_reduce(seen)  # each row was scored by one rank: exact, as a sum with zeros
+            log_probs[rows] = all_reduce(seen)  # each row was scored by one rank: exact, as a sum with zeros
         rewards = process_reward(log_probs, ref_log_probs, config.algorithm.beta)
         ranking = ranking_accuracy(torch.where(rollout.mask, rewards, 0.0).sum(1), verdicts, config.sample.group_size)
         if config.prime.update == "before":

@@ -1,7 +1,7 @@
 """Compare runs: a Markdown table with intervals, figures, or a live view in the terminal. Needs no torch.
 
-    python report.py RUN ... [--baseline NAME] [--threshold 0.8] [--figures DIR] [--output FILE.md]
-    python report.py RUN ... --watch [SECONDS]
+    python -m tools.report RUN ... [--baseline NAME] [--threshold 0.8] [--figures DIR] [--output FILE.md]
+    python -m tools.report RUN ... --watch [SECONDS]
 
 RUN is a run folder, or a folder with runs in it at any depth (a sweep's warm starts are no runs). Runs are grouped by
 their resolved configs, but for the seed, the warm start and what only places, saves or divides the work. A group is
@@ -448,7 +448,9 @@ def watch(paths: list[Path], seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = end
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Run programs that a model wrote, where they can neither do harm nor see what they are judged by.
 
-    python sandbox.py
+    python -m rewards.sandbox
 
 says which isolation works on this machine and tries to break it. This file needs the standard library alone and
 imports nothing of ours, so that it can be audited alone; SECURITY.md says what it promises and what it does not.
@@ -619,7 +619,7 @@ INSIDE = {
 }
 
 
-# --- python sandbox.py --------------------------------------------------------------------------------------------
+# --- python -m rewards.sandbox ------------------------------------------------------------------------------------
 
 ATTEMPTS = {  # what a program may try; one that gets it ends well
     "read this machine's files": "open('/etc/passwd')",

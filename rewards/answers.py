@@ -2,7 +2,7 @@
 
 Both read the last balanced \\boxed{} of the text, wherever it stands; without one the score is 0. They reject when in
 doubt: a wrong answer that is accepted is learned. `number` compares exact rationals; `math` adds symbolic equality,
-which sympy and the LaTeX parser of math-verify decide (reward.py runs them where they can be killed). Their policies:
+which sympy and the LaTeX parser of math-verify decide (worker.py runs them where they can be killed). Their policies:
 
     no box, \\boxed 7, \\fbox{7}      0; of nested boxes the outer counts, of several the last that is closed
     2/4, 0.50, 1e2, 1\\frac34        equal 1/2, 1/2, 100, 7/4: values are compared, not their form

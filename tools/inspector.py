@@ -1,13 +1,15 @@
 """Look inside one step of a run: what every token of a group of siblings was worth.
 
-    python sample.py RUN --inspect                                  # the newest rollout, the group that differs most
-    python sample.py RUN --inspect --step 20 --group 3 --view msa   # another one, shaded by another quantity
-    python sample.py RUN --inspect --html inspector.html            # all kept groups as one page that needs no network
+    python -m tools.inspector RUN                               # the newest rollout, the group that differs most
+    python -m tools.inspector RUN --step 20 --group 3 --view msa   # another one, shaded by another quantity
+    python -m tools.inspector RUN --html inspector.html            # all kept groups as one page that needs no network
 
 Reads RUN/config.yaml and RUN/samples/step_*.jsonl, of a live run or a finished one, and loads no model. The terms are
 recomputed in float64 with spro.py; the advantage shown is the dumped one, which training used, and whether the two
 agree is said. What a model wrote is not trusted: all text passes through `visible`.
 """
+
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import base64
 import hashlib
@@ -25,7 +27,8 @@ import torch
 import yaml
 from torch.nn.utils.rnn import pad_sequence
 
-from run import BadInput
+from infra.errors import BadInput, Parser
+from infra.processes import command_line
 from spro import ADVANTAGES, cumulative_process_reward, grpo_advantage, masked_step_advantage, process_reward
 
 VIEWS = {
@@ -41,25 +44,24 @@ PAGE_TOKENS = 50_000  # of about 80 bytes: groups beyond stay out of a page
 TEMPLATE = Path(__file__).with_name("inspector_template.html")
 
 
-def add_options(parser) -> None:
-    options = parser.add_argument_group("look inside a training step instead (inspector.py)")
-    options.add_argument("--inspect", action="store_true", help="show a group of siblings, token by token")
-    options.add_argument("--step", type=int, help="default: the newest that was dumped")
-    options.add_argument("--group", type=int, help="default: the kept group whose rewards differ most")
-    options.add_argument("--view", choices=VIEWS, default="advantage", help="what shades the tokens")
-    options.add_argument("--html", type=Path, metavar="FILE", help="write a page with all kept groups and views")
+def parser() -> Parser:
+    parser = Parser(prog="-m tools.inspector", description="What every token of a group of siblings was worth.")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--step", type=int, help="default: the newest that was dumped")
+    parser.add_argument("--group", type=int, help="default: the kept group whose rewards differ most")
+    parser.add_argument("--view", choices=VIEWS, default="advantage", help="what shades the tokens")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all kept groups and views")
+    return parser
 
 
-def asked_for(args) -> bool:
-    if not args.inspect and (args.html or args.step is not None or args.group is not None):
-        raise BadInput("--step, --group and --html go with --inspect")
-    return args.inspect
+def main() -> None:
+    show(parser().parse_args())
 
 
-def main(args) -> None:
-    """Print or write what `args`, parsed by `add_options`, ask for. Raises BadInput."""
+def show(args) -> None:
+    """Print or write what `args` ask for. Raises BadInput."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the program
-    config, step, groups = read_step(Path(args.run_or_model), args.step)
+    config, step, groups = read_step(Path(args.run), args.step)
     kept = {number: siblings for number, siblings in groups.items() if "advantage" in siblings[0]}
     if args.group is not None and args.group not in groups:
         raise BadInput(f"--group {args.group}: step {step} has groups {min(groups)} to {max(groups)}; kept: {[*kept]}")
@@ -69,7 +71,7 @@ def main(args) -> None:
     absent = "" if len(views) == len(VIEWS) else "no log-ratio, CPR or MSA: this run has no reference"
     if args.view not in views:
         raise BadInput(f"--view {args.view}: {absent}; choose {' or '.join(views)}")
-    facts = {"run": visible(args.run_or_model), "step": step, "check": check, "absent": absent, "view": args.view}
+    facts = {"run": visible(args.run), "step": step, "check": check, "absent": absent, "view": args.view}
     facts |= {"advantage": config["algorithm"]["advantage"], "beta": config["algorithm"]["beta"], "views": views}
     if args.html is None:
         print(terminal(groups[chosen], facts, shutil.get_terminal_size().columns))
@@ -326,3 +328,7 @@ def terminal(siblings: list[dict], facts: dict, width: int) -> str:
             ]
         out.append("   " + wrapped(tokens, width, 3))
     return "\n".join(out)
+
+
+if __name__ == "__main__":
+    command_line(main)

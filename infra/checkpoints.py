@@ -1,0 +1,142 @@
+"""Checkpoints that survive any kill.
+
+A checkpoint folder is complete or absent: it is written under a temporary name, every file is hashed into a manifest
+and flushed to disk, and only then is the folder renamed; older ones are pruned after that. Loading verifies the
+manifest, takes the newest checkpoint that holds, and reads tensors (safetensors) and JSON, nothing that can run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from infra.errors import RunStopped
+from infra.processes import on_first_rank, say
+from infra.run_folder import _flush, fresh_folder, provenance
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process: as meant
+
+
+def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
+    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and loading.
+
+    `trained` holds (model, optimizer) by name. `named_parameters` lists a tied weight once. Before the first optimizer
+    step the moments are made here, as zeros.
+    """
+    tensors = {}
+    for owner, (model, optimizer) in trained.items():
+        for name, parameter in model.named_parameters():
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors[f"{owner}.model.{name}"] = parameter.detach()
+            tensors |= {f"{owner}.optimizer.{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int) -> None:
+    """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each writes its own shard.
+
+    `trained` holds (model, optimizer) by name, `state` all else that training needs, as JSON. Raises RunStopped if the
+    checkpoint cannot be written (a full disk, say); what was saved before is untouched then.
+    """
+    final = run / "checkpoints" / f"step_{step:06d}"
+    if final.exists():  # complete, as its name says
+        return
+    temporary = final.with_suffix(".tmp")
+    try:
+        fresh_folder(temporary)
+        tensors = training_tensors(trained)
+        steps = {name: int(next(iter(optimizer.state.values()))["step"]) for name, (_, optimizer) in trained.items()}
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        state = {**state, "step": step, "adam_steps": steps, **provenance()}
+        on_first_rank(lambda: _publish(temporary, final, state, keep))
+    except (OSError, dcp.CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]
+        on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise RunStopped(
+            f"the checkpoint of step {step} could not be written to {final.parent} ({reason}); older checkpoints are "
+            "untouched: make room, then resume=true"
+        ) from error
+
+
+def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    files = sorted(temporary.iterdir())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    metrics = final.parent.parent / "metrics.jsonl"  # a checkpoint must not outlive the rows of its steps
+    for path in (*files, temporary / "manifest.json", temporary, *([metrics] if metrics.exists() else [])):
+        _flush(path)
+    os.replace(temporary, final)
+    _flush(final.parent)
+    for old in (*sorted(final.parent.glob("step_*[0-9]"))[:-keep], *final.parent.glob("damaged_*")):
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            say(f"an old checkpoint could not be deleted: {error}")
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if "state.json" not in manifest:
+            return "manifest.json does not list state.json"
+        for name, expected in manifest.items():
+            file = checkpoint / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} has another sha256 than when it was written"
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that holds; damaged newer ones are named and set aside. All ranks call it."""
+    return on_first_rank(lambda: _newest_checkpoint(run / "checkpoints"))
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover)
+    for checkpoint in sorted(folder.glob("step_*[0-9]"), reverse=True):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        say(f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before")
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    return None
+
+
+def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
+    """Fill models and optimizers in place, on any number of ranks -> the `state` that was saved beside them."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    dcp.load(training_tensors(trained), storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, (_, optimizer) in trained.items():
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["adam_steps"][name])
+    return state
