@@ -1,71 +1,136 @@
-"""Problems as a run meets them: the config, the prompts' text and ids, and their order.
+"""Problems as a run meets them: prompts' text and ids, their order, and the order of what is
+learned from them.
 
-Where problems come from is tasks/. Nothing here has state: the prompt at position p of a run is a function of
-(seed, p), so that the position is all the data state a checkpoint needs.
+Where problems come from is tasks/. Nothing here has state: the prompt at position p of a run is a
+function of (seed, p), so that the position is all the data state a checkpoint needs.
 """
 
+import math
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from infra.config import require_at_least
+from infra.config import Block, knob
 from infra.errors import BadInput
-from infra.processes import say
-from infra.rng import Draw, random_for
+from infra.processes import print0
+from infra.rng import Draw, rng_for
 from rewards import Grader
+from spro import Batch
 from tasks import ASK_FOR_BOX, DEMONSTRATORS, PROMPTS, ROWS, SOURCES
 from tasks.chain import LABELS
 from tasks.problem import Problem
 
 
+def shaping(default, help: str, **rules):
+    """A knob that a warm start depends on, as on everything that says which problems there are."""
+    return knob(default, help, warm_start=True, **rules)
+
+
 @dataclass
-class DataConfig:
-    source: str = "chain"  # where problems come from: a name in SOURCES; for a dataset, the shape of its rows
-    path: str = ""  # .jsonl, .json or .parquet file, or NAME[:CONFIG][@SPLIT] on the Hub; reasoning_gym: the task
-    held_out_path: str = ""  # the like for evaluation; empty: held_out_size problems of `path`, never trained on
-    train_size: int = 0  # training problems, at most; 0: all of a dataset (20,000 of those that are made)
-    held_out_size: int = 512  # problems that training never sees, for evaluation
-    prompt: str = ""  # text around {question}; empty: the source's own, which asks for a \boxed{} answer in maths
-    system_prompt: str = ""  # empty: the row's own, if it has one
-    chat_template: bool = True  # speak to the model in its tokenizer's chat template, where it has one
-    max_prompt_tokens: int = 1024  # longer prompts are left out and counted, never cut
-    min_steps: int = 3  # chain: fewest operations in a prompt
-    max_steps: int = 6  # chain: most operations in a prompt
-    repeat_slip: float = 0.12  # chain: chance of a slip per step where the demonstrator repeats steps; SLIP elsewhere
+class DataConfig(Block):
+    source: str = shaping("chain", "a name in tasks.SOURCES; for a dataset, the shape of its rows")
+    path: str = shaping("", "a file, or NAME[:CONFIG][@SPLIT] on the Hub; reasoning_gym: the task")
+    held_out_path: str = shaping("", "the like for evaluation; empty: held_out_size rows of path")
+    train_size: int = shaping(0, "training problems, at most; 0: all (made ones: 20,000)", least=0)
+    held_out_size: int = shaping(512, "problems that training never sees", least=1)
+    prompt: str = shaping("", "text around {question}; empty: the source's own")
+    system_prompt: str = shaping("", "empty: the row's own, if it has one")
+    chat_template: bool = shaping(True, "use the tokenizer's chat template, where it has one")
+    max_prompt_tokens: int = shaping(1024, "longer prompts are left out and counted", least=1)
+    min_steps: int = shaping(3, "made tasks: fewest operations in a prompt", least=1)
+    max_steps: int = shaping(6, "made tasks: most operations in a prompt")
+    repeat_slip: float = shaping(0.12, "chain: chance of a slip per step of a repeating solution")
 
     def __post_init__(self):
-        require_at_least(0, self, "train_size")
-        require_at_least(1, self, "held_out_size", "min_steps", "max_prompt_tokens")
+        super().__post_init__()
         if self.source not in SOURCES:
-            raise ValueError(f"source={self.source!r} is not known: choose one of {', '.join(SOURCES)}")
-        own, rows = self.source in DEMONSTRATORS, self.source in ROWS
-        if own == bool(self.path) or (self.held_out_path and not rows):
             raise ValueError(
-                f"source={self.source!r} does not go with path={self.path!r}, held_out_path={self.held_out_path!r}: "
-                f"{', '.join(DEMONSTRATORS)} take neither, reasoning_gym takes the name of a task as path, a dataset a "
+                f"source={self.source!r} is not known: choose one of {', '.join(SOURCES)}"
+            )
+        is_made, is_dataset = self.source in DEMONSTRATORS, self.source in ROWS
+        if is_made == bool(self.path) or (self.held_out_path and not is_dataset):
+            raise ValueError(
+                f"source={self.source!r} does not go with path={self.path!r}, "
+                f"held_out_path={self.held_out_path!r}: "
+                f"{', '.join(DEMONSTRATORS)} take neither, reasoning_gym takes the name of a task "
+                "as path, a dataset a "
                 "file or a name on the Hub"
             )
         if self.prompt and "{question}" not in self.prompt:
-            raise ValueError(f"prompt={self.prompt!r} must hold the text {{question}}, where each problem's goes")
+            raise ValueError(
+                f"prompt={self.prompt!r} must hold the text {{question}}, where each problem's goes"
+            )
         if not 0 <= self.repeat_slip <= 1:
             raise ValueError(f"repeat_slip={self.repeat_slip} is a chance, in [0, 1]")
         if not self.min_steps <= self.max_steps <= len(LABELS):
-            raise ValueError(f"max_steps={self.max_steps} must lie between min_steps and {len(LABELS)}")
+            raise ValueError(
+                f"max_steps={self.max_steps} must lie between min_steps and {len(LABELS)}"
+            )
 
 
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return random_for(seed, Draw.ORDER, epoch).permutation(size)
+    return rng_for(seed, Draw.ORDER, epoch).permutation(size)
 
 
-def index_at(position: int, size: int, seed: int) -> int:
-    """Which of `size` training problems stands at `position` of the run: a new permutation for every epoch."""
+def prompt_index(position: int, size: int, seed: int) -> int:
+    """Which of `size` training problems stands at `position` of the run: a new permutation for
+    every epoch.
+    """
     epoch, place = divmod(position, size)
     return int(_permutation(size, seed, epoch)[place])
+
+
+def mini_batches(n: int, config, step: int) -> list[torch.Tensor]:
+    """Row indices of each optimizer step of an RL step: a new shuffle per epoch, cut into about
+    equal parts.
+
+    Groups are shuffled, not rows: siblings stay together, so that a pass can run their prompt once.
+    """
+    groups = torch.arange(n).view(-1, config.sample.group_size)
+    parts = max(1, math.ceil(n / config.train.mini_batch_size))
+    lists = []
+    for epoch in range(config.train.epochs):
+        order = rng_for(config.seed, Draw.SHUFFLE, step, epoch).permutation(len(groups))
+        lists += [rows for rows in groups[order].flatten().tensor_split(parts) if len(rows)]
+    return lists
+
+
+def micro_batch_rows(
+    batch: Batch, max_tokens: int, prompt_of: list[int] | None = None
+) -> list[torch.Tensor]:
+    """Rows as index lists, each of at most `max_tokens` prompt and response tokens, padding
+    included; none is empty.
+
+    Similar lengths go together. Where `prompt_of` says which rows share a prompt, siblings go
+    together too, and their prompt counts once.
+    """
+    lengths = batch.mask.sum(1).tolist()
+    prompts = batch.attention_mask[:, : batch.prompt_length].sum(1).tolist()
+    group_of = prompt_of or list(range(len(batch)))
+    longest: dict[int, int] = defaultdict(int)
+    for group, length in zip(group_of, lengths, strict=True):
+        longest[group] = max(longest[group], length)
+
+    def size(rows: list[int]) -> int:
+        distinct = len({group_of[i] for i in rows})
+        return distinct * max(prompts[i] for i in rows) + len(rows) * max(lengths[i] for i in rows)
+
+    lists: list[list[int]] = []
+    for i in sorted(
+        range(len(batch)), key=lambda i: (longest[group_of[i]], group_of[i], lengths[i])
+    ):
+        if lists and size([*lists[-1], i]) <= max_tokens:
+            lists[-1].append(i)
+        else:
+            lists.append([i])
+    return [torch.tensor(rows, dtype=torch.long) for rows in lists]
 
 
 def require_graders(problems: list[Problem], grader: Grader) -> None:
@@ -77,30 +142,40 @@ def require_graders(problems: list[Problem], grader: Grader) -> None:
             raise BadInput(f"data: {error}; reward.grader names one for all rows") from error
 
 
-def dressed(problems: list[Problem], config: DataConfig) -> list[Problem]:
-    """The problems as they are asked: the prompt's text around the question, the config's system prompt if it has one.
+def apply_prompt(problems: list[Problem], config: DataConfig) -> list[Problem]:
+    """The problems as they are asked: the prompt's text around the question, the config's system
+    prompt if it has one.
 
     `{question}` is found by plain search, not str.format: prompts and questions are full of braces.
     """
     around = config.prompt or PROMPTS.get(config.source, ASK_FOR_BOX)
     before, _, after = around.partition("{question}")
-    return [replace(p, prompt=before + p.prompt + after, system=config.system_prompt or p.system) for p in problems]
+    return [
+        replace(p, prompt=before + p.prompt + after, system=config.system_prompt or p.system)
+        for p in problems
+    ]
 
 
-def load_problems(config: DataConfig, seed: int, grader: Grader | None = None) -> tuple[list[Problem], list[Problem]]:
-    """(train, held-out) problems of `config.source`, as they are asked, each with a grader that works here.
+def load_problems(
+    config: DataConfig, seed: int, grader: Grader | None = None
+) -> tuple[list[Problem], list[Problem]]:
+    """(train, held-out) problems of `config.source`, as they are asked, each with a grader that
+    works here.
 
-    Raises BadInput where the source does not have that many or cannot be read, or a grader is not known.
+    Raises BadInput where the source does not have that many or cannot be read, or a grader is not
+    known.
     """
     train, held_out = SOURCES[config.source](config, seed)
     require_graders(train + held_out, grader or Grader())
-    return dressed(train, config), dressed(held_out, config)
+    return apply_prompt(train, config), apply_prompt(held_out, config)
 
 
 def prompt_text(problem: Problem, tokenizer, chat_template: bool) -> str:
-    """What the model continues: with `chat_template` the chat up to where its turn begins, else the plain text.
+    """What the model continues: with `chat_template` the chat up to where its turn begins, else the
+    plain text.
 
-    A system prompt goes in front of the prompt where there is no template, or where the template has no system's turn.
+    A system prompt goes in front of the prompt where there is no template, or where the template
+    has no system's turn.
     """
     together = f"{problem.system}\n\n{problem.prompt}" if problem.system else problem.prompt
     if not chat_template:
@@ -119,7 +194,9 @@ def prompt_text(problem: Problem, tokenizer, chat_template: bool) -> str:
 
 
 class TokenIds(Sequence):
-    """Reads as a list of lists of ids, and takes 4 bytes an id: half a million prompts in lists would take 15 GiB."""
+    """Reads as a list of lists of ids, and takes 4 bytes an id: half a million prompts in lists
+    would take 15 GiB.
+    """
 
     def __init__(self, rows: list[array]):
         self.rows = rows
@@ -134,24 +211,32 @@ class TokenIds(Sequence):
 def encode_prompts(
     problems: list[Problem], tokenizer, limit: int, chat_template: bool = True
 ) -> tuple[list[Problem], TokenIds]:
-    """The problems whose prompts fit into `limit` tokens, and those prompts' ids; the others are counted, not cut.
+    """The problems whose prompts fit into `limit` tokens, and those prompts' ids; the others are
+    counted, not cut.
 
-    With `chat_template`, in the tokenizer's chat template if it has one, which writes its own begin token then.
+    With `chat_template`, in the tokenizer's chat template if it has one, which writes its own begin
+    token then.
     """
     chat = chat_template and bool(tokenizer.chat_template)
     fitting, rows = [], []
     for start in range(0, len(problems), 1000):
         part = problems[start : start + 1000]
         texts = [prompt_text(problem, tokenizer, chat) for problem in part]
-        for problem, ids in zip(part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True):
+        for problem, ids in zip(
+            part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True
+        ):
             if len(ids) <= limit:
                 fitting.append(problem)
                 rows.append(array("i", ids))
     if not fitting:
         raise BadInput(
-            f"all {len(problems)} prompts are longer than {limit} tokens: raise data.max_prompt_tokens, or, where the "
+            f"all {len(problems)} prompts are longer than {limit} tokens: raise "
+            "data.max_prompt_tokens, or, where the "
             "model's context is the limit, lower sample.max_new_tokens"
         )
     if len(fitting) < len(problems):
-        say(f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer than {limit} tokens")
+        print0(
+            f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer "
+            f"than {limit} tokens"
+        )
     return fitting, TokenIds(rows)

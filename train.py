@@ -1,13 +1,14 @@
-"""SPRO training: the whole loop, in seven numbered stages. `grep -n "# [1-7]\\." train.py` is its table of contents.
+"""SPRO training: the whole loop, in seven numbered stages. `grep -n "# [1-7]\\." train.py` is its
+table of contents.
 
-    python train.py                                              # configs/quickstart.yaml: minutes on a laptop
-    python train.py CONFIG.yaml algorithm.advantage=grpo seed=1  # key=value overrides YAML, YAML overrides defaults
+    python train.py                                              # configs/quickstart.yaml
+    python train.py CONFIG.yaml algorithm.advantage=grpo seed=1  # key=value overrides the YAML
     python train.py CONFIG.yaml resume=true                      # go on where a run was cut off
-    torchrun --nproc_per_node 8 train.py CONFIG.yaml             # one process per GPU, or on a CPU
+    torchrun --nproc_per_node 8 train.py CONFIG.yaml             # one process per GPU
 
-Every rank holds the step's whole Rollout, which is small, and takes its decisions from all of it, so that they cannot
-depend on the number of ranks; sampling, grading, scoring and the backward passes are divided. What a run leaves behind
-is listed in run.py.
+Every rank holds the step's whole Batch, which is small, and takes its decisions from all of it, so
+that they cannot depend on the number of ranks; sampling, grading and the forward and backward
+passes are divided. What a run leaves behind is listed in infra/run_folder.py.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
@@ -16,108 +17,98 @@ import math
 import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
+import baselines
 import data
+import eval as evaluation
 import model
+import rewards
+import sample
+import spro
 import tasks
-from baselines import prime
+from baselines import diagnostics, lines, prime, supervised
 from baselines.prime import PrimeConfig
 from data import DataConfig
-from eval import EvalConfig, describe, dry_run_report, eval_line, evaluate
-from infra.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from infra.config import all_keys, plain, read_config, require_at_least
-from infra.errors import EXIT_STOPPED, BadInput, RunStopped, enough_memory, optional
-from infra.memory import peak_gib
-from infra.metrics import progress_line, sampling_metrics, summary, tensorboard, timed, token_metrics, update_metrics
-from infra.processes import (
-    all_reduce,
-    catch_signals,
-    choose_threads,
-    command_line,
-    on_first_rank,
-    rank,
-    say,
-    shared,
-    start_processes,
-    stop_requested,
-    watch,
-    world_size,
-)
-from infra.rng import Draw, random_for
-from infra.run_folder import append_line, fresh_folder, keep_metrics_through, open_run_folder
+from eval import EvalConfig
+from infra import checkpoints, console, dumps, memory, metrics, processes, run_folder, sharding
+from infra.config import Block, help_lines, knob, read_config, setting
+from infra.errors import EXIT_STOPPED, BadInput, RunStopped, optional
+from infra.rng import Draw
 from model import ModelConfig
-from rewards import Grader, RewardConfig
-from sample import Rollout, SampleConfig, context_left, dump_rollout, line_ids, sample
-from spro import (
-    ADVANTAGES,
-    BY_LINE,
-    NEEDS_PRM,
-    NOT_ADDITIVE,
-    OUTCOME_ONLY,
-    AlgorithmConfig,
-    keep_groups,
-    kl_estimate,
-    policy_loss,
-    token_weights,
-)
+from rewards import RewardConfig
+from sample import SampleConfig
+from spro import AlgorithmConfig
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+LOWER = "lower train.learning_rate or algorithm.beta; metrics.jsonl shows the way here"
+
+
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass
-class TrainConfig:
-    steps: int = 40  # RL steps: each samples and then updates on what it sampled
-    prompts_per_step: int = 16  # prompts sampled per step, each sample.group_size times
-    max_refills: int = 0  # further batches of prompts sampled while fewer groups than prompts_per_step are kept
-    mini_batch_size: int = 32  # responses per optimizer step
-    micro_batch_tokens: int = 16384  # prompt and response tokens per forward and backward pass: memory, no gradient
-    old_log_probs: str = "recompute"  # of stage 3: recompute them, or keep the sampler's (one pass less; fp32 only)
-    epochs: int = 1  # passes over a step's responses
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0  # the learning rate rises linearly over these steps
-    schedule: str = "constant"  # of the learning rate after that: constant, linear (to 0) or cosine (to 0)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    save_every: int = 20  # checkpoints: every this many steps, at the last step, and when the run is told to stop
-    keep_checkpoints: int = 2  # the newest ones; older ones are deleted once a new one is complete
-    timeout_minutes: float = 30.0  # a step that takes longer prints where every rank stands
-    diagnose_every: int = 0  # compare the gradients of outcome and step term every this many steps; 0: never
-    tensorboard: bool = False  # metrics go to run_dir/tensorboard too (pip install tensorboard)
-    dump_every: int = 10  # whole rollouts go to samples/ every this many steps, and at the first and the last
-    warm_start_clean_steps: int = 1000  # from scratch: supervised steps on right, concise solutions
-    warm_start_noisy_steps: int = 250  # ... and then on the noisy demonstrator's, at half the learning rate
+class TrainConfig(Block):
+    steps: int = knob(40, "RL steps: each samples, then learns from it", least=1, resume=True)
+    prompts_per_step: int = knob(16, "prompts per step, each sampled group_size times", least=1)
+    max_refills: int = knob(0, "further batches while fewer groups than that are kept", least=0)
+    mini_batch_size: int = knob(32, "responses per optimizer step", least=1)
+    micro_batch_tokens: int = setting(
+        16384,
+        "tokens per forward and backward pass: memory, no gradient",
+        least=1,
+        warm_start=True,
+        lowers=dict.fromkeys(
+            ("warm_start", "log_probs", "prm", "update"), "lower train.micro_batch_tokens"
+        ),
+    )
+    old_log_probs: str = knob(
+        "recompute",
+        "of stage 3: recompute them, or keep the sampler's (one pass less; fp32 only)",
+        choices=("recompute", "sampler"),
+    )
+    epochs: int = knob(1, "passes over a step's responses", least=1)
+    learning_rate: float = knob(1e-4, "of AdamW", above=0)
+    warmup_steps: int = knob(0, "steps over which the learning rate rises linearly", least=0)
+    schedule: str = knob(
+        "constant",
+        "of the learning rate after that: constant, linear (to 0) or cosine (to 0)",
+        choices=("constant", "linear", "cosine"),
+    )
+    adam_betas: tuple[float, float] = knob((0.9, 0.95), "of AdamW", warm_start=True)
+    weight_decay: float = knob(0.0, "of AdamW", least=0, warm_start=True)
+    max_grad_norm: float = knob(1.0, "longer gradients are scaled to it", above=0, warm_start=True)
+    save_every: int = setting(20, "steps between checkpoints; the last step has one too", least=1)
+    keep_checkpoints: int = setting(2, "checkpoints that are kept, the newest ones", least=1)
+    timeout_minutes: float = setting(30.0, "a slower step prints where every rank stands", above=0)
+    diagnose_every: int = setting(0, "steps between looks at gradient/cosine; 0: never", least=0)
+    tensorboard: bool = setting(False, "metrics go to run_dir/tensorboard too")
+    dump_every: int = setting(
+        10, "steps between dumps to samples/; the first and last too", least=1
+    )
+    warm_start_clean_steps: int = knob(
+        1000, "from scratch: supervised steps on right, concise solutions", least=0, warm_start=True
+    )
+    warm_start_noisy_steps: int = knob(
+        250, "then on the noisy demonstrator's, at half the rate", least=0, warm_start=True
+    )
 
     def __post_init__(self):
-        require_at_least(1, self, "steps", "prompts_per_step", "mini_batch_size", "micro_batch_tokens", "epochs")
-        require_at_least(1, self, "save_every", "keep_checkpoints", "dump_every")
-        require_at_least(0, self, "warmup_steps", "warm_start_clean_steps", "warm_start_noisy_steps", "weight_decay")
-        require_at_least(0, self, "max_refills", "diagnose_every")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r}: choose constant, linear or cosine")
-        if self.old_log_probs not in ("recompute", "sampler"):
-            raise ValueError(f"old_log_probs={self.old_log_probs!r}: choose recompute or sampler")
-        for name in ("learning_rate", "max_grad_norm", "timeout_minutes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas={list(self.adam_betas)} must lie in [0, 1)")
 
 
 @dataclass
-class Config:
-    seed: int = 0
-    run_dir: str = ""  # default: runs/<config name>
-    resume: bool = False  # go on where run_dir's newest checkpoint stands, or start if there is none
-    overwrite: bool = False  # delete what an earlier run left in run_dir
-    dry_run: bool = False  # check config and data, show prompts and the memory needed, then stop
+class Config(Block):
+    seed: int = knob(0, "of everything random", least=0, compared=False)
+    run_dir: str = setting("", "the run's folder; empty: runs/<config name>")
+    resume: bool = setting(False, "go on at the newest checkpoint, or start if there is none")
+    overwrite: bool = setting(False, "delete what an earlier run left in run_dir")
+    dry_run: bool = setting(False, "check all, show prompts and memory needed, then stop")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -128,446 +119,376 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
-        t, group_size = self.train, self.sample.group_size
-        require_at_least(0, self, "seed")
+        """What blocks demand of each other; ValueError where it does not hold."""
+        super().__post_init__()
+        t, a, s = self.train, self.algorithm, self.sample
+        baselines.check_advantage(a.advantage)
         if self.resume and self.overwrite:
-            raise ValueError("resume=true goes on with what is in run_dir, overwrite=true deletes it: give one of them")
-        responses = t.prompts_per_step * group_size
+            raise ValueError(
+                "resume=true goes on with what is in run_dir, overwrite=true deletes it: "
+                "give one of them"
+            )
+        responses = t.prompts_per_step * s.group_size
         if responses % t.mini_batch_size:
             raise ValueError(
-                f"{t.prompts_per_step} prompts x {group_size} samples = {responses} responses do not divide into "
-                f"mini-batches of train.mini_batch_size={t.mini_batch_size}"
+                f"{t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses "
+                f"do not divide into mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
         if not self.model.path and self.data.source not in tasks.DEMONSTRATORS:
-            raise ValueError(f"model.path is empty: a model from scratch cannot learn data.source={self.data.source!r}")
-        if 0 < self.data.train_size < t.prompts_per_step:
-            raise ValueError(f"train.prompts_per_step={t.prompts_per_step} > data.train_size={self.data.train_size}")
-        if self.eval.prompts > self.data.held_out_size:
-            raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={self.data.held_out_size}")
-        if self.needs_prm and self.algorithm.beta <= 0:
-            raise ValueError(f"algorithm.advantage={self.algorithm.advantage} needs algorithm.beta above 0 to learn by")
+            source = self.data.source
+            raise ValueError(
+                f"model.path is empty: a model from scratch cannot learn data.source={source!r}"
+            )
+        size, held_out = self.data.train_size, self.data.held_out_size
+        if 0 < size < t.prompts_per_step:
+            raise ValueError(
+                f"train.prompts_per_step={t.prompts_per_step} > data.train_size={size}"
+            )
+        if self.eval.prompts > held_out:
+            raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={held_out}")
+        if self.needs_prm and a.beta <= 0:
+            raise ValueError(
+                f"algorithm.advantage={a.advantage} needs algorithm.beta above 0 to learn by"
+            )
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the estimator's formula has the reference in it."""
+        return baselines.needs(self.algorithm.advantage, "reference")
 
     @property
     def needs_prm(self) -> bool:
-        return self.algorithm.advantage in NEEDS_PRM
+        return baselines.needs(self.algorithm.advantage, "prm")
 
     @property
     def needs_reference(self) -> bool:
-        a = self.algorithm
-        return a.kl_coef != 0 or (a.beta != 0 and a.advantage not in OUTCOME_ONLY)
+        """Whether a reference is loaded: not where its log-ratios would count for nothing."""
+        return self.algorithm.kl_coef != 0 or (self.algorithm.beta != 0 and self.reads_reference)
 
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-WARM_START_BATCH, WARM_START_LEARNING_RATE = 32, 4e-3  # demonstrations per supervised step
-MAXIMA = ("ratio/max", "sampler_gap")  # statistics whose whole is the largest part; all others are sums
-MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
+# --- the loop -------------------------------------------------------------------------------------
 
 
-# --- updates ------------------------------------------------------------------------------------------------------
+def train(
+    config: Config, folder: Path, trained, reference, grader, train_set, eval_set, state: dict
+) -> None:
+    """The loop. `trained` holds (Policy, optimizer) by name: "policy", and with PRIME "prm".
 
-
-def learning_rate(step: int, steps: int, base: float, warmup: int, schedule: str) -> float:
-    """Of step 1..steps: a linear rise over `warmup` steps, then constant, or falling towards 0 at the end."""
-    if step <= warmup:
-        return base * step / warmup
-    done = (step - 1 - warmup) / max(1, steps - warmup)
-    return base * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
-
-
-def make_optimizer(policy, config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        policy.parameters(), lr=0.0, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
+    `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
+    """
+    t, s, a = config.train, config.sample, config.algorithm
+    policy, optimizer = trained["policy"]
+    tokenizer = policy.tokenizer
+    averaging = (a.loss_weights, s.max_new_tokens)
+    clip = (a.clip_low, a.clip_high)
+    write_scalars = metrics.tensorboard(
+        folder, state["step"] if state["before"] else -1, t.tensorboard
     )
 
+    if state["before"] is None:
+        evaluate_start(config, folder, policy, eval_set, grader, state, write_scalars)
 
-def optimizer_step(policy, optimizer, lr: float, max_grad_norm: float, losses: Iterator) -> dict[str, float]:
-    """One optimizer step over `losses`, which yields the (loss, stats) of one micro-batch of this rank after the other.
+    for step in range(state["step"] + 1, t.steps + 1):
+        processes.restart_watchdog(t.timeout_minutes)
+        step_started = time.perf_counter()
+        seconds: dict[str, float] = {}
+        position = state["position"]
 
-    Losses and stats are weighted sums with weights fixed beforehand, so adding up, over micro-batches and ranks, is all
-    there is to it. Returns the sums with `grad_norm`, or, where that is not finite and nothing was changed, {}.
+        # 1. Sample.
+        # Prompts and luck are functions of (seed, position): a resumed run, or one on other ranks,
+        # meets the same ones. The sampler keeps the log-probs it drew with, for stage 3 to compare.
+        with metrics.timed(seconds, "time/sample"):
+            batch = sample_prompts(policy, train_set, position, config)
+        position += t.prompts_per_step
+
+        # 2. Reward.
+        # A grader's fault is no zero: a response without a verdict drops its whole group, and is
+        # counted. So are groups that say nothing, if keep_accuracy is so; refills replace them.
+        with metrics.timed(seconds, "time/reward"):
+            batch = grade_batch(batch, grader, s.max_new_tokens)
+        kept = groups_to_learn_from(batch, a.keep_accuracy)
+        if t.max_refills:
+            sources = (policy, train_set, grader)
+            batch, kept, position = refill(batch, kept, position, sources, config, seconds)
+        rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
+        learned = batch.select(rows).trim()
+        scores = scores_of(batch)
+
+        # 3. Log-probs.
+        # Of the weights that sampled, at the sampler's temperature: the "old" ones of the loss, and
+        # half of the process reward. Their gap to the sampler's, logged, must be numerical noise.
+        with metrics.timed(seconds, "time/log_probs"):
+            log_probs, entropy = learned.sampler_log_probs, learned.sampler_entropy
+            how = (learned, s.temperature, t.micro_batch_tokens)
+            if t.old_log_probs == "recompute":
+                log_probs, entropy = model.batch_log_probs(policy, *how)
+            ref_log_probs = None if reference is None else model.batch_log_probs(reference, *how)[0]
+            learned = replace(
+                learned, log_probs=log_probs, entropy=entropy, ref_log_probs=ref_log_probs
+            )
+
+        if processes.stop_requested():  # nothing has changed since the last step: drop this one
+            break
+
+        # 4. Advantage.
+        # One per token, and fixed from here on. This is the only stage that knows which algorithm
+        # runs; what some baselines need besides log-probs is made just before.
+        batches = data.mini_batches(len(learned), config, step)
+        prm_metrics: dict[str, float] = {}
+        if config.needs_prm:
+            once = batches[: len(batches) // t.epochs]  # each row once
+            process_log_probs, prm_metrics = prime.score_and_learn(
+                *trained["prm"], config, learned, scores[rows], once
+            )
+            learned = replace(learned, process_log_probs=process_log_probs)
+        if baselines.needs(a.advantage, "lines"):
+            learned = replace(learned, step_ids=lines.line_ids(learned, tokenizer, a.line_end))
+        learned = replace(learned, advantages=baselines.advantage(a.advantage, learned, a))
+        outcome = baselines.outcome_term(a.advantage, learned, a)  # all but the step term: to log
+
+        diagnosis: dict[str, float] = {}
+        if t.diagnose_every and step % t.diagnose_every == 0 and outcome is not None:
+            diagnosis = diagnostics.compare_gradients(policy, config, learned, outcome)
+
+        # 5. Update.
+        # Every token's weight is fixed from the whole optimizer step, over all ranks, before its
+        # first backward: losses and statistics are sums, and no split into micro-batches or ranks
+        # changes them. FSDP averages over ranks; ours are parts of one sum, hence x world_size.
+        with metrics.timed(seconds, "time/update"):
+            lr = model.learning_rate(step, t.steps, t.learning_rate, t.warmup_steps, t.schedule)
+            model.set_learning_rate(optimizer, lr)
+            kl_reference = reference if a.kl_coef and a.kl_estimator == "exact" else None
+            updates = []
+            for chosen in batches:
+                mini = learned.select(chosen)
+                tokens = int(mini.mask.sum())
+                weights = spro.token_weights(mini.mask, len(mini), tokens, *averaging)
+                mini = replace(mini, weights=weights)
+                sums = metrics.StepSums(weights.sum())
+                for _, micro in model.micro_batches(policy, mini, t.micro_batch_tokens):
+                    new = model.token_log_probs(policy, micro, s.temperature, kl_reference)
+                    loss, stats = spro.policy_loss(
+                        new.log_probs, micro.log_probs, micro.advantages, micro.weights, *clip
+                    )
+                    if a.kl_coef:
+                        kl = kl_term(new, micro, a.kl_estimator)
+                        loss = loss + a.kl_coef * kl
+                        stats["kl/loss"] = kl.detach()
+                    if t.old_log_probs == "sampler":
+                        stats["sampler_gap"] = largest_gap(new.log_probs, micro)
+                    (loss * processes.world_size()).backward()
+                    sums.add(loss, stats)
+                if kl_reference is not None:
+                    sharding.reshard(kl_reference)
+
+                # A gradient that is not finite is refused: nothing changes, and it is counted.
+                grad_norm = sharding.clip_gradients(policy, t.max_grad_norm)
+                taken = math.isfinite(grad_norm)
+                if taken:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                updates.append(sums.over_ranks() | {"grad_norm": grad_norm} if taken else {})
+                metrics.check_refused(state, updates[-1], f"step {step}: {LOWER}")
+
+        # 6. Log.
+        # The loss sits near 0 by construction: reward, entropy, KL and length say how a run is.
+        seconds["time/step"] = time.perf_counter() - step_started
+        row = {"step": step, **metrics.sampling_metrics(batch, scores, kept)}
+        if t.max_refills:
+            row["groups/sampled"] = len(kept)
+        row |= metrics.token_metrics(learned, outcome)
+        row |= metrics.update_metrics(updates) | prm_metrics | diagnosis
+        row |= {"lr": lr, **metrics.cost_metrics(batch, seconds)}
+        processes.print0(console.progress_line(step, t.steps, row))
+        if step % t.dump_every == 0 or step in (1, t.steps):
+            file = folder / "samples" / f"step_{step:06d}.jsonl"
+            dumps.dump_rollout(file, tokenizer, batch, learned, rows)
+
+        # 7. Evaluate and save.
+        # The row of a step is on disk before its checkpoint is: none outlives its metrics.
+        if step % config.eval.every == 0 or step == t.steps:
+            state["after"] = evaluate(config, policy, eval_set, grader)
+            row |= state["after"]
+            if row["eval/accuracy"] > state["best"]["eval/accuracy"]:
+                state["best"] = {"step": step, "eval/accuracy": row["eval/accuracy"]}
+        run_folder.append_line(folder / "metrics.jsonl", row)
+        write_scalars(row)
+        state |= {"step": step, "position": position}
+        if step % t.save_every == 0 or step == t.steps:
+            checkpoints.save_checkpoint(folder, step, trained, state, t.keep_checkpoints)
+        if processes.stop_requested():
+            break
+
+    if state["step"] < t.steps:
+        checkpoints.save_checkpoint(folder, state["step"], trained, state, t.keep_checkpoints)
+        raise RunStopped(
+            f"saved after step {state['step']} of {t.steps}; resume=true goes on", EXIT_STOPPED
+        )
+
+
+# --- parts of a step ------------------------------------------------------------------------------
+
+
+def sample_prompts(policy: model.Policy, train_set, position: int, config: Config) -> spro.Batch:
+    """Responses to the prompts at `position` of the run and after it, with what was asked."""
+    problems, prompts = train_set
+    positions = range(position, position + config.train.prompts_per_step)
+    chosen = [data.prompt_index(p, len(problems), config.seed) for p in positions]
+    keys = [(config.seed, Draw.SAMPLE, p) for p in positions]
+    with sharding.unsharded(policy):
+        batch = sample.sample(policy, [prompts[i] for i in chosen], keys, config.sample)
+    asked = tuple(problems[i] for i in chosen for _ in range(batch.group_size))
+    return replace(batch, problems=asked)
+
+
+def grade_batch(batch: spro.Batch, grader: rewards.Grader, max_new_tokens: int) -> spro.Batch:
+    """The batch with its verdicts, and the rewards that training uses; the ranks share the work."""
+    lengths = batch.mask.sum(1).tolist()
+    answers = list(zip(batch.problems, batch.texts, lengths, strict=True))
+    judged = processes.map_over_ranks(lambda part: grader.judge(part, max_new_tokens), answers)
+    verdicts, rewards = zip(*judged, strict=True)
+    return replace(batch, verdicts=verdicts, rewards=torch.tensor(rewards))
+
+
+def scores_of(batch: spro.Batch) -> torch.Tensor:
+    """The verdicts' scores [B], NaN where a grader failed."""
+    scores = [verdict.score for verdict in batch.verdicts]
+    return torch.tensor([math.nan if score is None else score for score in scores])
+
+
+def groups_to_learn_from(batch: spro.Batch, keep_accuracy: tuple[float, float]) -> torch.Tensor:
+    """bool [B / G]: every response has a reward, and the mean verdict lies in the range."""
+    usable = ~batch.rewards.isnan().view(-1, batch.group_size).any(1)
+    return usable & spro.keep_groups(scores_of(batch), batch.group_size, *keep_accuracy)
+
+
+def refill(batch: spro.Batch, kept, position: int, sources, config: Config, seconds: dict):
+    """Further batches while too few groups are kept, DAPO's dynamic sampling (arXiv 2503.14476).
+
+    -> the whole batch, which groups are kept, and the position after it. Of a surplus the first
+    ones count, so that a step never grows.
     """
-    sums, maxima = defaultdict(float), {}
-    for loss, stats in losses:
-        (loss * world_size()).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
-        for key, value in {"loss": loss, **stats}.items():
-            if key in MAXIMA:
-                maxima[key] = max(maxima.get(key, 0.0), value.item())
-            else:
-                sums[key] += value.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(norm):
-        return {}
-    for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-        reduced = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64), op)
-        values.update(zip(values, reduced.tolist(), strict=True))
-    return {**sums, **maxima, "grad_norm": norm}
+    policy, train_set, grader = sources
+    wanted = config.train.prompts_per_step
+    for _ in range(config.train.max_refills):
+        if kept.sum() >= wanted or processes.stop_requested():
+            break
+        with metrics.timed(seconds, "time/sample"):
+            more = sample_prompts(policy, train_set, position, config)
+        position += wanted
+        with metrics.timed(seconds, "time/reward"):
+            more = grade_batch(more, grader, config.sample.max_new_tokens)
+        batch = spro.Batch.cat([batch, more])
+        kept = groups_to_learn_from(batch, config.algorithm.keep_accuracy)
+    return batch, kept & (kept.cumsum(0) <= wanted), position
 
 
-def policy_losses(
-    policy, config: Config, rollout: Rollout, old_log_probs, advantages, ref_log_probs=None, reference=None
-) -> Iterator:
-    """The (loss, stats) of each micro-batch of one optimizer step. Every token's weight is fixed before the first.
-
-    The KL term needs `ref_log_probs` [B, T] for its estimators, or the `reference` itself if it is to be exact.
-    """
-    mask, a, s, budget = rollout.mask, config.algorithm, config.sample, config.train.micro_batch_tokens
-    weights = token_weights(mask, len(rollout), int(mask.sum()), a.loss_weights, s.max_new_tokens)
-    total = weights.sum()
-    per_token = [x for x in (old_log_probs, advantages, weights, ref_log_probs) if x is not None]
-    compared = reference if a.kl_coef and a.kl_estimator == "exact" else None
-    for rows, log_probs, _, *kl in model.scored_micro_batches(policy, rollout, s.temperature, budget, compared):
-        old, A, weight, *ref = (x[rows, : log_probs.shape[1]].to(log_probs.device) for x in per_token)
-        loss, stats = policy_loss(log_probs, old, A, weight, a.clip_low, a.clip_high)
-        if a.kl_coef:
-            kl = kl[0] if kl else kl_estimate(log_probs, *ref, weight != 0, a.kl_estimator)
-            kl = (weight.to(kl.dtype) * kl).sum()
-            loss, stats["kl/loss"] = loss + a.kl_coef * kl, kl.detach()
-        stats = {key: value if key in MAXIMA else value / total for key, value in stats.items()}
-        if config.train.old_log_probs == "sampler":
-            gaps = (log_probs.detach() - old).abs()
-            stats["sampler_gap"] = gaps.max() if len(rows) else gaps.sum()
-        yield loss, stats
+def kl_term(new: model.TokenLogProbs, micro: spro.Batch, estimator: str) -> torch.Tensor:
+    """KL(policy || reference) of a micro-batch, weighted like the surrogate."""
+    kl = new.kl
+    if estimator != "exact":
+        kl = spro.kl_estimate(new.log_probs, micro.ref_log_probs, micro.weights != 0, estimator)
+    return (micro.weights.to(kl.dtype) * kl).sum()
 
 
-def likelihood_losses(policy, rollout: Rollout, weights, temperature: float, micro_batch_tokens: int) -> Iterator:
-    """The (loss, stats) of each micro-batch of `-sum(weights x log-probs)`; weights [B, T]."""
-    for rows, log_probs, _ in model.scored_micro_batches(policy, rollout, temperature, micro_batch_tokens):
-        weight = weights[rows, : log_probs.shape[1]].to(log_probs)
-        yield -(weight * torch.where(weight != 0, log_probs, 0.0)).sum(), {}
+def largest_gap(log_probs: torch.Tensor, micro: spro.Batch) -> torch.Tensor:
+    """Between the log-probs that stage 3 took from the sampler and the model's own."""
+    gaps = (log_probs.detach() - micro.log_probs).abs()
+    return torch.where(micro.mask, gaps, 0.0).max()
 
 
-def imitation_losses(policy, rollout: Rollout, micro_batch_tokens: int) -> Iterator:
-    """The (loss, stats) of each micro-batch of one supervised step: cross-entropy per token of the demonstrations."""
-    weights = token_weights(rollout.mask, len(rollout), int(rollout.mask.sum()), "token-mean")
-    return likelihood_losses(policy, rollout, weights, 1.0, micro_batch_tokens)
+def evaluate(
+    config: Config, policy: model.Policy, eval_set, grader: rewards.Grader
+) -> dict[str, float]:
+    """Held-out accuracy, sampled and greedy, said and returned."""
+    with sharding.unsharded(policy):
+        row = evaluation.evaluate(policy, *eval_set, config.sample, grader, config.seed)
+    processes.print0(evaluation.eval_line(row))
+    return row
 
 
-@enough_memory("update")
-def compare_gradients(policy, config: Config, rollout: Rollout, outcome, step_term) -> dict[str, float]:
-    """How the two halves of Eq. 13 push: cosine of their gradients, and the ratio of their norms, |step| / |outcome|.
-
-    outcome, step_term [B, T]. Gradients of the surrogate at ratio 1 with the update's weights, over the whole rollout;
-    {} where one of them is 0 or not finite. Changes nothing; a second gradient is held meanwhile.
-    """
-    if not (outcome.any() and step_term.any()):
-        return {}
-    mask, s, gradients = rollout.mask, config.sample, []
-    weights = token_weights(mask, len(rollout), int(mask.sum()), config.algorithm.loss_weights, s.max_new_tokens)
-    for term in (outcome, step_term):
-        losses = likelihood_losses(policy, rollout, weights * term, s.temperature, config.train.micro_batch_tokens)
-        for loss, _ in losses:
-            loss.backward()
-        whole = (p.grad for p in policy.parameters() if p.grad is not None)
-        gradients.append([g.to_local() if isinstance(g, DTensor) else g for g in whole])
-        policy.zero_grad(set_to_none=True)
-    # Each rank adds up its shards. Replicas count alike in all three sums, and so does FSDP's averaging: both cancel.
-    a, b = gradients
-    dots = [
-        sum((x.double() * y.double()).sum() for x, y in zip(*pair, strict=True)) for pair in ((a, a), (b, b), (a, b))
-    ]
-    aa, bb, ab = all_reduce(torch.stack(dots).cpu()).tolist()
-    if not 0 < aa * bb < math.inf:
-        return {}
-    return {"gradient/cosine": ab / math.sqrt(aa * bb), "gradient/norm_ratio": math.sqrt(bb / aa)}
+def evaluate_start(
+    config: Config, folder: Path, policy: model.Policy, eval_set, grader, state: dict, write_scalars
+) -> None:
+    """Row 0 of the metrics: what RL starts from."""
+    processes.restart_watchdog(config.train.timeout_minutes)
+    state["before"] = evaluate(config, policy, eval_set, grader)
+    state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
+    run_folder.append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
+    write_scalars({"step": 0, **state["before"]})
 
 
-@enough_memory("warm_start")
-def warm_start(config: Config, policy, tokenizer, problems, prompts, folder: Path) -> None:
-    """Teach a new model the task from demonstrations: right and concise ones first, then the noisy demonstrator's.
-
-    The two stages matter: on noisy traces alone a small model learns the format but not, reliably, the arithmetic.
-    Writes metrics.jsonl and model/ to `folder`; another run can start from there with model.path=FOLDER/model.
-    """
-    fresh_folder(folder)
-    t, optimizer, position, state = config.train, make_optimizer(policy, config.train), 0, {"refused_in_a_row": 0}
-    demonstrate, size = tasks.demonstrator(config.data), WARM_START_BATCH
-    say(f"warm start: {t.warm_start_clean_steps} supervised steps on right solutions, {t.warm_start_noisy_steps} noisy")
-    for stage, steps, scale in (("clean", t.warm_start_clean_steps, 1.0), ("noisy", t.warm_start_noisy_steps, 0.5)):
-        bar = tqdm(range(1, steps + 1), desc=f"warm start, {stage}", disable=True if rank() else None)
-        for step in bar:
-            watch(t.timeout_minutes)
-            places = range(position, position + size)
-            batch = [data.index_at(place, len(problems), config.seed) for place in places]
-            noise = [random_for(config.seed, Draw.DEMONSTRATE, p) if stage == "noisy" else None for p in places]
-            texts = [demonstrate(problems[i].prompt, source) for i, source in zip(batch, noise, strict=True)]
-            rollout = Rollout.of_texts([prompts[i] for i in batch], texts, tokenizer)
-            lr = scale * learning_rate(step, steps, WARM_START_LEARNING_RATE, min(50, steps // 5), "cosine")
-            losses = imitation_losses(policy, rollout, t.micro_batch_tokens)
-            stats = optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses)
-            check_refused(state, stats, f"step {step} of the warm start: model.scratch cannot be taught like this")
-            append_line(folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **stats})
-            bar.set_postfix(loss=f"{stats.get('loss', math.nan):.3f}")
-            position += size
-            if stop_requested():
-                raise RunStopped("told to stop during the warm start, which resume=true begins again", EXIT_STOPPED)
-    model.save(policy, tokenizer, folder / "model")
+# --- before the loop ------------------------------------------------------------------------------
 
 
-def mini_batches(n: int, config: Config, step: int) -> list[torch.Tensor]:
-    """Row indices of each optimizer step of this RL step: a new shuffle per epoch, cut into about equal parts.
-
-    Groups are shuffled, not rows: siblings stay together, so that a pass can run their prompt once.
-    """
-    t, groups = config.train, torch.arange(n).view(-1, config.sample.group_size)
-    parts = max(1, math.ceil(n / t.mini_batch_size))
-    shuffles = [random_for(config.seed, Draw.SHUFFLE, step, e).permutation(len(groups)) for e in range(t.epochs)]
-    return [rows for shuffle in shuffles for rows in groups[shuffle].flatten().tensor_split(parts) if len(rows)]
-
-
-def check_refused(state: dict, update: dict, where: str) -> None:
-    """Count optimizer steps refused in a row; a run that can take none any more stops with a clear word."""
-    state["refused_in_a_row"] = 0 if update else state["refused_in_a_row"] + 1
-    if state["refused_in_a_row"] == MAX_REFUSED:
-        raise RunStopped(f"{MAX_REFUSED} optimizer steps in a row had non-finite gradients, at {where}")
-
-
-def start_of(config: Config, folder: Path) -> str | Path:
-    """The saved model that policy, reference and PRM start from."""
-    return config.model.path or folder / "warm_start" / "model"
-
-
-def start_models(config: Config, folder: Path, device, policy, tokenizer, problems, prompts):
-    """(policy, reference or None, hash of the reference's weights), sharded, as RL starts from them.
-
-    The reference comes from model.path or the finished warm start, never from weights that RL has touched.
-    """
-    start, attention = start_of(config, folder), config.model.attention
-    warm = not config.model.path and not start.exists()
-    if not config.model.path and not warm:
-        say("the warm start of this run is finished and kept")
-        policy, _ = model.load(start, attention)
-    policy = model.shard(policy, config.model, device)
-    if warm:
-        warm_start(config, policy, tokenizer, problems, prompts, folder / "warm_start")
-    if not config.needs_reference:
-        return policy, None, None
-    reference = model.frozen(model.load(start, attention)[0])
-    start_hash = model.weights_hash(reference)
-    return policy, model.shard(reference, config.model, device, config.model.offload_reference), start_hash
-
-
-def resume(config: Config, folder: Path, trained: dict, start_hash: str | None) -> dict:
-    """The state to go on from, all that is not a tensor: of the newest checkpoint that holds, else of the start.
-
-    Fills `trained`, (model, optimizer) by name, and cuts metrics.jsonl back to where that state stands.
-    """
-    state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
-    state |= {"before": None, "after": None, "best": None}
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint:
-        state |= load_checkpoint(checkpoint, trained)
-        if state["start_hash"] != start_hash:
-            raise BadInput(f"the model that {folder} started from has changed on disk: bring it back, or start anew")
-        say(f"resume: going on after step {state['step']}, from {checkpoint}")
-    elif config.resume:
-        say("resume: no valid checkpoint yet, so RL starts over")
-    keep_metrics_through(folder, state["step"] if checkpoint else -1)
-    return state
+def load_or_build(config: Config) -> model.Policy:
+    """The policy as configured; for a dry run its shapes alone."""
+    if config.model.path:
+        return model.load(config.model.path, config.model.attention, empty=config.dry_run)
+    tokenizer = tasks.TOKENIZERS[config.data.source]()
+    with torch.device("meta" if config.dry_run else "cpu"):
+        return model.build(config.model, tokenizer, config.seed)
 
 
 def main() -> None:
     started = time.perf_counter()
     if {"-h", "--help"} & set(sys.argv):
-        print(__doc__, "Keys, explained in the dataclasses at the top of each file:", *all_keys(Config), sep="\n  ")
+        print(__doc__, "Keys:", *help_lines(Config), sep="\n  ")
         return
     config = read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
-    device = start_processes(config.train.timeout_minutes)
-    if config.train.old_log_probs == "sampler" and device.type == "cuda" and config.model.dtype != "float32":
-        raise BadInput("train.old_log_probs=sampler: sums of its log-ratios would be noise unless model.dtype=float32")
-    grader = Grader(config.reward)
+    device = processes.start_processes(config.train.timeout_minutes)
+    rounds = device.type == "cuda" and config.model.dtype != "float32"
+    if config.train.old_log_probs == "sampler" and rounds:
+        raise BadInput(
+            "train.old_log_probs=sampler: sums of its log-ratios would be noise unless "
+            "model.dtype=float32"
+        )
     if config.train.tensorboard:  # now, not after the warm start
         optional("torch.utils.tensorboard", "tensorboard")
+    grader = rewards.Grader(config.reward)
     train_problems, held_out = data.load_problems(config.data, config.seed, grader)
-    if config.model.path:
-        policy, tokenizer = model.load(config.model.path, config.model.attention, empty=config.dry_run)
-    else:
-        tokenizer = tasks.TOKENIZERS[config.data.source]()
-        with torch.device("meta" if config.dry_run else "cpu"):
-            policy = model.build(config.model, tokenizer, config.seed)
-    choose_threads(policy.num_parameters())
-    longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
+    policy = load_or_build(config)
+    processes.choose_threads(policy.num_parameters())
+    longest = sample.context_left(
+        policy, config.sample.max_new_tokens, config.data.max_prompt_tokens
+    )
     limits = (longest, config.data.chat_template)
-    problems, prompts = data.encode_prompts(train_problems, tokenizer, *limits)
-    eval_set = [part[: config.eval.prompts] for part in data.encode_prompts(held_out, tokenizer, *limits)]
-    say(describe(config, policy, tokenizer, device, problems, len(eval_set[0])))
+    train_set = data.encode_prompts(train_problems, policy.tokenizer, *limits)
+    held_out_set = data.encode_prompts(held_out, policy.tokenizer, *limits)
+    eval_set = [part[: config.eval.prompts] for part in held_out_set]
+    generation = sample.generation_settings(policy, config.sample).to_diff_dict()
+    generation.pop("transformers_version", None)
+    policy.device = device
+    processes.print0(
+        console.describe(config, policy, train_set[0], len(eval_set[0]), grader, generation)
+    )
     if config.dry_run:
-        say(dry_run_report(config, policy, tokenizer, prompts))
+        layers = sharding.decoder_layers(policy)
+        logits = model.fast.LOGITS_AT_ONCE if model.fast else math.inf
+        processes.print0(memory.dry_run_report(config, policy, layers, train_set[1], logits))
         return
 
-    model.shard_size(config.model)  # before anything is written
-    catch_signals()
-    folder = open_run_folder(plain(config))
-    policy, reference, start_hash = start_models(config, folder, device, policy, tokenizer, problems, prompts)
-    models = {"policy": policy}
+    sharding.shard_size(config.model)  # before anything is written
+    processes.catch_signals()
+    folder = run_folder.open_run_folder(config)
+    policy, reference, start_hash = supervised.start_models(
+        config, folder, device, policy, train_set
+    )
+    trained = {"policy": (policy, model.make_optimizer(policy, config.train))}
     if config.needs_prm:
-        prm, _ = model.load(start_of(config, folder), config.model.attention)
-        models["prm"] = model.shard(prm, config.model, device)
-    trained = {name: (each, make_optimizer(each, config.train)) for name, each in models.items()}
-    state = resume(config, folder, trained, start_hash)
+        prm = model.load(supervised.start_path(config, folder), config.model.attention)
+        prm = sharding.shard(prm, config.model, device)
+        trained["prm"] = (prm, model.make_optimizer(prm, config.train, config.prime.learning_rate))
+    state = checkpoints.resume(config.resume, folder, trained, start_hash)
     if state["step"] >= config.train.steps and (folder / "model").exists():
-        say(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
+        processes.print0(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
         return
     if state["step"] < config.train.steps:  # an earlier end of this run is not the end any more
-        on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
-    train(config, folder, trained, reference, tokenizer, grader, (problems, prompts), eval_set, state)
-    model.save(policy, tokenizer, folder / "model")
-    say(summary(config, folder, state, time.perf_counter() - started))
-
-
-def train(
-    config: Config, folder: Path, trained, reference, tokenizer, grader, train_set, eval_set, state: dict
-) -> None:
-    """The loop. `trained` holds (model, optimizer) by name: "policy", and with PRIME "prm".
-
-    `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
-    """
-    t, s, a, (policy, optimizer) = config.train, config.sample, config.algorithm, trained["policy"]
-    (problems, prompts), advantage_of = train_set, ADVANTAGES[a.advantage]
-    write_scalars = tensorboard(folder, state["step"] if state["before"] else -1, t.tensorboard)
-
-    def evaluation() -> dict[str, float]:
-        with model.gathered(policy):
-            return evaluate(policy, tokenizer, *eval_set, s, grader, config.seed)
-
-    def judge(answers: list) -> list:
-        """(verdict, reward) of each (problem, text, length in tokens)."""
-        texts, lengths = [answer[:2] for answer in answers], [answer[2] for answer in answers]
-        verdicts = grader.grade(texts)
-        shaped = grader.shaped_rewards(texts, verdicts, lengths, s.max_new_tokens)
-        return list(zip(verdicts, shaped, strict=True))
-
-    if state["before"] is None:
-        watch(t.timeout_minutes)
-        state["before"] = evaluation()
-        state["best"] = {"step": 0, "eval/accuracy": state["before"]["eval/accuracy"]}
-        append_line(folder / "metrics.jsonl", {"step": 0, **state["before"]})
-        write_scalars({"step": 0, **state["before"]})
-        say(eval_line(state["before"]))
-
-    for step in range(state["step"] + 1, t.steps + 1):
-        watch(t.timeout_minutes)
-        step_started, seconds = time.perf_counter(), {}
-
-        parts, asked, graded = [], [], []
-        for refill in range(1 + t.max_refills):
-            # 1. Sample.
-            with timed(seconds, "time/sample"), model.gathered(policy):
-                first = state["position"] + refill * t.prompts_per_step
-                places = range(first, first + t.prompts_per_step)
-                batch = [data.index_at(place, len(problems), config.seed) for place in places]
-                keys = [(config.seed, Draw.SAMPLE, place) for place in places]
-                parts.append(sample(policy, tokenizer, [prompts[i] for i in batch], keys, s))
-
-            # 2. Reward.
-            with timed(seconds, "time/reward"):
-                asked += [problems[i] for i in batch for _ in range(s.group_size)]
-                answers = zip(asked[len(graded) :], parts[-1].texts, parts[-1].mask.sum(1).tolist(), strict=True)
-                graded += shared(judge, list(answers))
-                verdicts, shaped = zip(*graded, strict=True)
-                scores = torch.tensor([math.nan if v.score is None else v.score for v in verdicts])
-                rewards = torch.tensor(shaped)
-                usable = ~rewards.isnan().view(-1, s.group_size).any(1)
-                passed = usable & keep_groups(scores, s.group_size, *a.keep_accuracy)
-            if passed.sum() >= t.prompts_per_step or stop_requested():
-                break
-        rollout, kept = Rollout.cat(parts), passed & (passed.cumsum(0) <= t.prompts_per_step)  # not a refill's surplus
-        rows = kept.repeat_interleave(s.group_size).nonzero()[:, 0]
-        learned = rollout.pick(rows)
-
-        # 3. Log-probs.
-        with timed(seconds, "time/log_probs"):
-            scored = (learned, s.temperature, t.micro_batch_tokens)
-            old_log_probs, entropy = (
-                (learned.sampler_log_probs, learned.sampler_entropy)
-                if t.old_log_probs == "sampler"
-                else model.rollout_log_probs(policy, *scored)
-            )
-            # Without a reference, a log-ratio of 0 everywhere: no step term.
-            ref_log_probs = old_log_probs if reference is None else model.rollout_log_probs(reference, *scored)[0]
-
-        if stop_requested():  # nothing has changed since the last step: drop this one
-            break
-
-        # 4. Advantage.
-        batches = mini_batches(len(learned), config, step)
-        if config.needs_prm:
-            judged = (learned, scores[rows], ref_log_probs, batches[: len(batches) // t.epochs])  # each row once
-            process_log_probs, prm_metrics = prime.score_and_learn(*trained["prm"], optimizer_step, config, *judged)
-        else:
-            process_log_probs, prm_metrics = old_log_probs, {}  # the policy itself says what each token was worth
-        responses, by_line = learned.tokens[:, -learned.mask.shape[1] :], a.advantage in BY_LINE
-        step_ids = line_ids(responses, learned.mask, tokenizer, a.line_end) if by_line else None
-        group = (learned.mask, s.group_size, a.beta, step_ids)
-        advantages = advantage_of(rewards[rows], process_log_probs, ref_log_probs, *group)
-        if by_line and not step_ids.any():
-            say(f"note: no response of this step holds algorithm.line_end={a.line_end!r}: each is one line")
-        # All but the step term, where there are two: to log.
-        outcome = None
-        if a.advantage not in NOT_ADDITIVE:
-            outcome = advantage_of(rewards[rows], old_log_probs, old_log_probs, *group)
-
-        # 5. Update.
-        due = t.diagnose_every and step % t.diagnose_every == 0 and outcome is not None
-        diagnosis = compare_gradients(policy, config, learned, outcome, advantages - outcome) if due else {}
-        with timed(seconds, "time/update"):
-            lr, updates = learning_rate(step, t.steps, t.learning_rate, t.warmup_steps, t.schedule), []
-            for chosen in batches:
-                constants = (x[chosen] for x in (old_log_probs, advantages, ref_log_probs))
-                losses = policy_losses(policy, config, learned.at(chosen), *constants, reference)
-                updates.append(optimizer_step(policy, optimizer, lr, t.max_grad_norm, losses))
-                advice = "lower train.learning_rate or algorithm.beta; metrics.jsonl shows the way here"
-                check_refused(state, updates[-1], f"step {step}: {advice}")
-
-        # 6. Log.
-        seconds["time/step"] = time.perf_counter() - step_started
-        seconds["time/verdict_max"] = max(v.seconds for v in verdicts)
-        metrics = {
-            "step": step,
-            **sampling_metrics(rollout, scores, rewards, kept, s.group_size),
-            **({"groups/sampled": len(kept)} if t.max_refills else {}),
-            **token_metrics(learned, old_log_probs, ref_log_probs, entropy, outcome, advantages, reference is not None),
-            **update_metrics(updates),
-            **prm_metrics,
-            **diagnosis,
-            "lr": lr,
-            **seconds,
-            "tokens_per_second": int(rollout.mask.sum()) / seconds["time/step"],
-            "memory/peak_gib": peak_gib(),
-        }
-        say(progress_line(step, t.steps, metrics))
-        if step % t.dump_every == 0 or step in (1, t.steps):
-            per_token = {"log_prob": old_log_probs, "entropy": entropy, "advantage": advantages}
-            per_token |= {"ref_log_prob": ref_log_probs} if reference is not None else {}
-            per_token |= {"prm_log_prob": process_log_probs} if config.needs_prm else {}
-            per_token |= {"step_id": step_ids} if by_line else {}
-            file = folder / "samples" / f"step_{step:06d}.jsonl"
-            dump_rollout(file, tokenizer, rollout, s.group_size, asked, verdicts, rewards, rows, per_token)
-
-        # 7. Evaluate and save.
-        if step % config.eval.every == 0 or step == t.steps:
-            state["after"] = evaluation()
-            metrics |= state["after"]
-            say(eval_line(metrics))
-            if metrics["eval/accuracy"] > state["best"]["eval/accuracy"]:
-                state["best"] = {"step": step, "eval/accuracy": metrics["eval/accuracy"]}
-        append_line(folder / "metrics.jsonl", metrics)
-        write_scalars(metrics)
-        state |= {"step": step, "position": places.stop}
-        if step % t.save_every == 0 or step == t.steps:
-            save_checkpoint(folder, step, trained, state, t.keep_checkpoints)
-        if stop_requested():
-            break
-
-    if state["step"] < t.steps:
-        save_checkpoint(folder, state["step"], trained, state, t.keep_checkpoints)
-        raise RunStopped(f"saved after step {state['step']} of {t.steps}; resume=true goes on", EXIT_STOPPED)
+        processes.on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
+    train(config, folder, trained, reference, grader, train_set, eval_set, state)
+    model.save(policy, folder / "model")
+    processes.print0(console.summary(config, folder, state, time.perf_counter() - started))
 
 
 if __name__ == "__main__":
-    command_line(main)
+    processes.command_line(main, Config)

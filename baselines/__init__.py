@@ -1,0 +1,66 @@
+"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME.
+
+`ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
+the files here, marked by `estimator`, and named by what stands before `_advantage`.
+"""
+
+from dataclasses import replace
+
+import torch
+
+import spro
+from baselines import ablations, outcome_only, prime
+from spro import AlgorithmConfig, Batch
+
+
+def estimators_in(module) -> dict:
+    """name -> function, of all estimators that a module defines."""
+    functions = {
+        name.removesuffix("_advantage"): f
+        for name, f in vars(module).items()
+        if hasattr(f, "needs")
+    }
+    return {name: f for name, f in functions.items() if f.__module__ == module.__name__}
+
+
+ADVANTAGES = spro.ADVANTAGES | {
+    name: function
+    for module in (outcome_only, ablations, prime)
+    for name, function in estimators_in(module).items()
+}
+
+
+def check_advantage(name: str) -> None:
+    """Raise ValueError if there is no such estimator."""
+    if name not in ADVANTAGES:
+        raise ValueError(
+            f"algorithm.advantage={name!r} is not known: choose one of {', '.join(ADVANTAGES)}"
+        )
+
+
+def advantage(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor:
+    """The door to every estimator: the advantage of each token, without gradient, 0 where masked.
+    -> [B, T].
+
+    Raises ValueError on a name that is not known, and where the batch lacks what the estimator
+    needs.
+    """
+    check_advantage(name)
+    return spro.estimator()(ADVANTAGES[name])(batch, algo)
+
+
+def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor | None:
+    """The advantage without its step term, [B, T]: what is left where every log-ratio is 0. To log,
+    and to compare.
+
+    None where the estimator is no sum of two such terms.
+    """
+    if not getattr(ADVANTAGES[name], "additive", True):
+        return None
+    silent = replace(batch, ref_log_probs=batch.log_probs, process_log_probs=None)
+    return advantage(name, silent, algo)
+
+
+def needs(name: str, what: str) -> bool:
+    """Whether the estimator needs "reference", "prm" or "lines"."""
+    return what in getattr(ADVANTAGES[name], "needs", ())

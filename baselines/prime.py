@@ -1,91 +1,203 @@
-"""PRIME (arXiv 2502.01456): a process reward model that learns online from verdicts alone, beside the policy.
+"""PRIME (arXiv 2502.01456): a process reward model that learns online from verdicts alone, beside
+the policy.
 
-The PRM is a third language model, started where policy and reference start. Its reward of a token is
-`beta * (log pi_prm - log pi_ref)` (Eq. 3), so a model that is taught nothing but whole responses' verdicts,
+The PRM is a third language model, started where policy and reference start. Its reward of a token
+is `beta * (log pi_prm - log pi_ref)` (Eq. 3), so a model that is taught nothing but whole
+responses' verdicts,
 
-    loss = cross-entropy of sigmoid(sum_t beta * (log pi_prm - log pi_ref)) against the verdict in [0, 1],
+    loss = cross-entropy of sigmoid(sum_t beta * (log pi_prm - log pi_ref)) and the verdict,
 
-scores every token. Here is what learns; the advantages, `prime` and `prime_released`, are in spro.py. SPRO's process
-reward is the policy's own log-ratio, summed over the past; PRIME trains a model for it, and sums over the future.
+scores every token. SPRO's process reward is the policy's own log-ratio, summed over the past; PRIME
+trains a model for it, and sums over the future.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import model
+from infra.config import Block, knob
 from infra.errors import RunStopped
-from infra.metrics import timed
-from infra.processes import all_reduce
-from sample import Rollout
-from spro import process_reward
+from infra.metrics import StepSums, timed
+from infra.processes import all_reduce, world_size
+from infra.sharding import clip_gradients
+from model import Policy, batch_log_probs, micro_batches, token_log_probs
+from spro import AlgorithmConfig, Batch, at_least_fp32, by_group, estimator, process_reward
 
 MAX_GRAD_NORM = 10.0  # of the PRM: the released training script's
 
 
 @dataclass
-class PrimeConfig:
-    learning_rate: float = 1e-6  # of the PRM's own AdamW, constant; this is PRIME's for 7B, small models need far more
-    update: str = "after"  # after: a mini-batch is scored before its PRM step (one pass); before: learn, then score all
+class PrimeConfig(Block):
+    learning_rate: float = knob(
+        1e-6,
+        "of the PRM's own AdamW, constant; this is PRIME's for 7B, small models need far more",
+        above=0,
+    )
+    update: str = knob(
+        "after",
+        "after: a mini-batch is scored before its PRM step (one pass); before: learn, then score "
+        "all",
+        choices=("after", "before"),
+    )
 
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        if self.update not in ("after", "before"):
-            raise ValueError(f"update={self.update!r}: choose after or before")
+
+# --- the advantages -------------------------------------------------------------------------------
 
 
-def prm_losses(prm, config, rollout: Rollout, verdicts, ref_log_probs, seen: torch.Tensor) -> Iterator:
-    """The (loss, stats) of each micro-batch of one PRM step: cross-entropy in nats, a mean over all its responses.
+@estimator("reference", "prm")
+def prime_advantage(batch: Batch, algo: AlgorithmConfig):
+    """PRIME (Eq. 5, gamma 1). `process_log_probs` [B, T] are the PRM's; without them the policy is
+    its own PRM.
 
-    verdicts [B] in [0, 1]. Leaves the log-probs that the PRM scored with in `seen` [B, T], for this rank's rows.
+    Outcome and process reward are each compared with the mean of the siblings, itself left out: r_i
+    - mean_j r_j, plus the sum over s >= t of (process reward - mean_j of length-averaged process
+    rewards).
+
+    >>> log_ratio = torch.tensor([[0.1, 0.3], [0.4, 0.0]])  # token means .2 and .4
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> batch = Batch(rewards=torch.tensor([1.0, 0.0]), process_log_probs=log_ratio,
+    ...               ref_log_probs=torch.zeros(2, 2), mask=mask, group_size=2)
+    >>> prime_advantage(batch, AlgorithmConfig(beta=1.0))
+    tensor([[ 0.6000,  0.9000],
+            [-0.8000,  0.0000]])
     """
-    temperature, budget = config.sample.temperature, config.train.micro_batch_tokens
-    for rows, log_probs, _ in model.scored_micro_batches(prm, rollout, temperature, budget):
-        seen[rows, : log_probs.shape[1]] = log_probs.detach().cpu().float()
-        mask, ref = (x[rows, : log_probs.shape[1]].to(log_probs.device) for x in (rollout.mask, ref_log_probs))
-        score = torch.where(mask, process_reward(log_probs, ref, config.algorithm.beta), 0.0).sum(1)
-        targets = verdicts[rows].to(score)
-        yield F.binary_cross_entropy_with_logits(score, targets, reduction="sum") / len(rollout), {}
+    G = batch.group_size
+    rewards = at_least_fp32(batch.rewards)
+    process_rewards, means = process_rewards_and_means(batch, algo.beta)
+    centred = process_rewards - mean_of_others(means, G)[:, None]
+    outcome = rewards - mean_of_others(rewards, G)
+    return outcome[:, None] + to_go(torch.where(batch.mask, centred, 0.0))
 
 
-def ranking_accuracy(scores: torch.Tensor, verdicts: torch.Tensor, group_size: int) -> float | None:
-    """Of all sibling pairs with different verdicts, the fraction where the better one scores higher; a tie is half.
+@estimator("reference", "prm", additive=False)
+def prime_released_advantage(batch, algo):
+    """PRIME as its released code computes it, which is not Eq. 5; fields as for `prime_advantage`.
 
-    scores, verdicts [B]. None without any such pair.
+    The log-ratios, without beta, are divided by the largest |sum over s >= t| of the batch + 1e-6;
+    the leave-one-out is K/(K-1) r - sum_j mean_j / (K-1), which is Eq. 5's plus (r - own mean) /
+    (K-1); outcome and process returns add one to one, and the sum is whitened over all tokens of
+    the batch: (A - mean) / sqrt(unbiased variance + 1e-8).
     """
-    scores, verdicts = (x.view(-1, group_size, 1) for x in (scores, verdicts))
-    better, gap = verdicts > verdicts.mT, scores - scores.mT
+    K, mask = batch.group_size, batch.mask
+    rewards = at_least_fp32(batch.rewards)
+    log_ratio, means = process_rewards_and_means(batch, 1.0)
+    # Of no tokens: 0
+    largest = torch.cat([to_go(log_ratio).abs()[mask], log_ratio.new_zeros(1)]).max() + 1e-6
+    baseline = by_group(means, K).sum(1).repeat_interleave(K) / (K - 1)
+    process_returns = (
+        to_go(torch.where(mask, K / (K - 1) * log_ratio - baseline[:, None], 0.0)) / largest
+    )
+    returns = (rewards - mean_of_others(rewards, K))[:, None] + process_returns
+    live = returns[mask]
+    variance = (live - live.mean()).square().sum() / max(1, len(live) - 1)
+    return (returns - live.mean()) * (variance + 1e-8).rsqrt()
+
+
+def to_go(rewards: torch.Tensor) -> torch.Tensor:
+    """Reverse running sum along each response: the sum over s >= t. [B, T] -> [B, T]."""
+    return rewards.flip(1).cumsum(1).flip(1)
+
+
+def mean_of_others(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Leave-one-out mean over the siblings. [B] -> [B]."""
+    grouped = by_group(x, group_size)
+    return ((grouped.sum(1, keepdim=True) - grouped) / (group_size - 1)).flatten()
+
+
+def process_rewards_and_means(batch: Batch, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Process rewards, 0 where masked [B, T], and their mean over each response's tokens [B]."""
+    log_probs = batch.log_probs if batch.process_log_probs is None else batch.process_log_probs
+    process_rewards = torch.where(
+        batch.mask, process_reward(log_probs, batch.ref_log_probs, beta), 0.0
+    )
+    return process_rewards, process_rewards.sum(1) / batch.mask.sum(1).clamp(min=1)
+
+
+# --- the PRM learns -------------------------------------------------------------------------------
+
+
+def ranking_accuracy(sums: torch.Tensor, verdicts: torch.Tensor, group_size: int) -> float | None:
+    """Of all sibling pairs with different verdicts, the fraction where the better one has the
+    larger sum of process rewards; a tie is half. sums, verdicts [B]. None without any such pair."""
+    sums, verdicts = (x.view(-1, group_size, 1) for x in (sums, verdicts))
+    better = verdicts > verdicts.mT
+    gap = sums - sums.mT
     return (0.5 + 0.5 * gap.sign())[better].double().mean().item() if better.any() else None
 
 
-def score_and_learn(
-    prm, optimizer, optimizer_step, config, rollout: Rollout, verdicts, ref_log_probs, parts: list[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """PRM log-probs [B, T] of a step's responses, for the advantage, while the PRM takes a step on each of `parts`.
+def prm_step(
+    prm: Policy, optimizer, config, batch: Batch, verdicts: torch.Tensor
+) -> tuple[torch.Tensor, dict]:
+    """One PRM step on a mini-batch: cross-entropy in nats, a mean over its responses; verdicts [B]
+    in [0, 1].
 
-    `parts` are the rows of each mini-batch, together all rows once; `optimizer_step` is train.py's. Returns metrics
-    too; the ranking accuracy is that of the scores before the respective step.
+    -> the log-probs [B, T] that the PRM had before the step, and its metrics, {} where the step was
+    refused.
     """
-    metrics, steps, log_probs = {}, [], torch.zeros(rollout.mask.shape)
+    log_probs = torch.zeros(batch.mask.shape)
+    sums = StepSums()
+    for rows, part in micro_batches(prm, batch, config.train.micro_batch_tokens):
+        new = token_log_probs(prm, part, config.sample.temperature).log_probs
+        log_probs[rows, : new.shape[1]] = new.detach()[: len(rows)].cpu().float()
+        process_rewards = process_reward(new, part.ref_log_probs, config.algorithm.beta)
+        logits = torch.where(part.mask, process_rewards, 0.0).sum(1)[: len(rows)]
+        targets = verdicts[rows].to(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
+        (
+            loss * world_size()
+        ).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
+        sums.add(loss)
+    grad_norm = clip_gradients(prm, MAX_GRAD_NORM)
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics = sums.over_ranks() | {"grad_norm": grad_norm}
+    return all_reduce(log_probs), metrics if math.isfinite(
+        grad_norm
+    ) else {}  # a row is one rank's: the sum is exact
+
+
+def score_and_learn(
+    prm: Policy,
+    optimizer,
+    config,
+    batch: Batch,
+    verdicts: torch.Tensor,
+    mini_batches: list[torch.Tensor],
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """PRM log-probs [B, T] of a step's responses, for the advantage, while the PRM takes a step on
+    each mini-batch.
+
+    verdicts [B]; `mini_batches` are lists of rows, together all rows once. Returns metrics too; the
+    ranking accuracy is that of the scores before the respective step. Raises RunStopped where every
+    step was refused.
+    """
+    metrics, steps = {}, []
+    log_probs = torch.zeros(batch.mask.shape)
     with timed(metrics, "time/prm"):
-        for rows in parts:
-            part, seen = rollout.at(rows), torch.zeros(len(rows), rollout.mask.shape[1])
-            losses = prm_losses(prm, config, part, verdicts[rows], ref_log_probs[rows], seen)
-            steps.append(optimizer_step(prm, optimizer, config.prime.learning_rate, MAX_GRAD_NORM, losses))
-            log_probs[rows] = all_reduce(seen)  # each row was scored by one rank: exact, as a sum with zeros
-        rewards = process_reward(log_probs, ref_log_probs, config.algorithm.beta)
-        ranking = ranking_accuracy(torch.where(rollout.mask, rewards, 0.0).sum(1), verdicts, config.sample.group_size)
+        for rows in mini_batches:
+            log_probs[rows], step = prm_step(
+                prm, optimizer, config, batch.select(rows), verdicts[rows]
+            )
+            steps.append(step)
+        rewards = process_reward(log_probs, batch.ref_log_probs, config.algorithm.beta)
+        sums = torch.where(batch.mask, rewards, 0.0).sum(1)
+        ranking = ranking_accuracy(sums, verdicts, batch.group_size)
         if config.prime.update == "before":
-            budget = config.train.micro_batch_tokens
-            log_probs, _ = model.rollout_log_probs(prm, rollout, config.sample.temperature, budget)
-    metrics["prm/refused"] = sum(not step for step in steps)
-    if steps and not any(steps):
+            log_probs, _ = batch_log_probs(
+                prm, batch, config.sample.temperature, config.train.micro_batch_tokens
+            )
+    taken = [step for step in steps if step]
+    metrics["prm/refused"] = len(steps) - len(taken)
+    if steps and not taken:
         raise RunStopped(
-            "all PRM steps of an RL step had non-finite gradients: lower prime.learning_rate or algorithm.beta"
+            "all PRM steps of an RL step had non-finite gradients: lower prime.learning_rate or "
+            "algorithm.beta"
         )
-    for name in ("loss", "grad_norm") if steps else ():
-        metrics[f"prm/{name}"] = sum(step[name] for step in steps if step) / sum(map(bool, steps))
-    return log_probs, metrics | ({} if ranking is None else {"prm/ranking_accuracy": ranking})
+    for name in ("loss", "grad_norm") if taken else ():
+        metrics[f"prm/{name}"] = sum(step[name] for step in taken) / len(taken)
+    if ranking is not None:
+        metrics["prm/ranking_accuracy"] = ranking
+    return log_probs, metrics

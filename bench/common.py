@@ -110,7 +110,7 @@ def force_lengths(work: Work) -> None:
         def choose(self, scores, rows, step):
             lengths = response_lengths(self.uniforms[:, 0], work)[rows]
             ids = super().choose(with_length_forced(scores, lengths, step), rows, step)
-            log_p = (scores[:, : self.vocabulary].float() / (self.temperature or 1.0)).log_softmax(-1)
+            log_p = (scores[:, : self.vocab_size].float() / (self.temperature or 1.0)).log_softmax(-1)
             self.log_probs[rows, step] = log_p.gather(-1, ids[:, None])[:, 0]
             return ids
 

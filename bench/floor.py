@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import infra.processes
+
 import common
 from common import TINY, Work
-
-import infra.processes
 
 
 def least(work, times: int = 3) -> float:
@@ -52,28 +52,31 @@ def flops(work: Work, tokens: int, context: float, scored: int) -> float:
 
 def passes(work: Work, device, dtype: str) -> dict[str, dict[str, float]]:
     """{what: seconds, GFLOP and, of decoding, GB}: a micro-batch's passes with no prompt in common, and the sampler."""
-    import torch
-
     import model
     import sample
-    from data import Draw
+    import torch
+    from infra.rng import Draw
+    from infra.sharding import shard, unsharded
+    from spro import Batch
 
     common.force_lengths(work)
     with tempfile.TemporaryDirectory() as folder:
         common.make_model(Path(folder), work)
-        policy, tokenizer = model.load(folder)
+        policy = model.load(folder)
     size = 4 if dtype == "float32" else 2
-    policy = model.shard(policy, model.ModelConfig(dtype=dtype), device)
+    policy = shard(policy, model.ModelConfig(dtype=dtype), device)
     B, G, P, T = work.rows_per_pass, work.group_size, work.prompt_tokens, work.new_tokens
     tokens = torch.randint(3, work.vocabulary, (B, P + T), device=device)
 
     def forward():
-        return model.token_log_probs(policy, tokens, torch.ones_like(tokens).bool(), T, 1.0)[0].mean()
+        everywhere = torch.ones_like(tokens).bool()
+        batch = Batch(tokens=tokens, attention_mask=everywhere, mask=everywhere[:, -T:])
+        return model.token_log_probs(policy, batch, 1.0).log_probs.mean()
 
     def decode():
         keys, prompts = [(0, Draw.SAMPLE, i) for i in range(work.prompts)], tokens[: work.prompts, :P].tolist()
-        with model.gathered(policy):
-            sample.sample(policy, tokenizer, prompts, keys, sample.SampleConfig(group_size=G, max_new_tokens=T))
+        with unsharded(policy):
+            sample.sample(policy, prompts, keys, sample.SampleConfig(group_size=G, max_new_tokens=T))
 
     with torch.no_grad():
         forward_seconds = least(forward)

@@ -29,14 +29,15 @@ WAYS = ("full logits", "token_log_probs")
 
 def score(policy, way: str, tokens, new_tokens: int):
     """tokens [B, S] -> log-probs and entropy [B, new_tokens] at temperature 1."""
-    import torch
-
     import model
+    import torch
+    from spro import Batch
 
     mask = torch.ones_like(tokens)
     if way == "token_log_probs":
-        return model.token_log_probs(policy, tokens, mask.bool(), new_tokens, 1.0)
-    logits = policy(tokens, attention_mask=mask, use_cache=False, logits_to_keep=new_tokens + 1).logits[:, :-1]
+        batch = Batch(tokens=tokens, attention_mask=mask.bool(), mask=mask.bool()[:, -new_tokens:])
+        return model.token_log_probs(policy, batch, 1.0)[:2]
+    logits = policy.model(tokens, attention_mask=mask, use_cache=False, logits_to_keep=new_tokens + 1).logits[:, :-1]
     log_p = logits.float().log_softmax(-1)
     log_probs = log_p.gather(-1, tokens[:, -new_tokens:, None])[..., 0]
     with torch.no_grad():
@@ -46,12 +47,11 @@ def score(policy, way: str, tokens, new_tokens: int):
 
 def measure(folder: str, way: str, work: Work) -> None:
     """In its own process: print {"MiB": ..., "seconds": ...}, save values and gradients to `folder`."""
+    import model
     import torch
 
-    import model
-
-    policy, device = model.load(folder)[0], "cuda" if common.on_gpu() else "cpu"
-    policy.compute_device = torch.device(device)
+    policy, device = model.load(folder), "cuda" if common.on_gpu() else "cpu"
+    policy.device = torch.device(device)
     policy.to(device)
     draw = torch.Generator().manual_seed(0)
     rows = work.prompts * work.group_size

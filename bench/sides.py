@@ -22,13 +22,14 @@ PROMPTS = 512  # different ones
 def ours(settings: dict, work: Work, steps: Steps) -> None:
     """train.main on the work, one step on demand; never returns."""
     import rewards
-    import spro
     import tasks
     import train
     from infra.processes import command_line
     from tasks.problem import Problem
 
-    timed, append_line, start_models = train.timed, train.append_line, train.start_models
+    timed = train.metrics.timed
+    append_line = train.run_folder.append_line
+    start_models = train.supervised.start_models
 
     @contextmanager
     def clocked(seconds, key):
@@ -45,9 +46,9 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
 
     def counted(*args):
         *models, start_hash = start_models(*args)
-        for name, model in zip(("policy", "reference"), models, strict=True):
-            if model is not None:
-                model.get_input_embeddings().register_forward_pre_hook(
+        for name, policy in zip(("policy", "reference"), models, strict=True):
+            if policy is not None:
+                policy.model.get_input_embeddings().register_forward_pre_hook(
                     lambda _, ids, name=name: count(f"{name}, {steps.stage_now}", ids[0].numel())
                 )
         return *models, start_hash
@@ -60,8 +61,10 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
     tasks.SOURCES["bench"] = lambda config, seed: (problems, problems)
     rewards.GRADERS["digits"] = lambda text, _: (sum(c.isdigit() for c in text) / max(1, len(text)), "digits")
     common.force_lengths(work)
-    train.timed, train.start_models, train.append_line = clocked, counted, noted
-    spro.ADVANTAGES |= {name: steps.clocked(estimator, "advantage") for name, estimator in spro.ADVANTAGES.items()}
+    train.metrics.timed = clocked
+    train.supervised.start_models = counted
+    train.run_folder.append_line = noted
+    train.baselines.advantage = steps.clocked(train.baselines.advantage, "advantage")
     (Path(settings["folder"]) / "empty.yaml").write_text("")
     config = {
         "run_dir": tempfile.mkdtemp(dir=settings["folder"]),
@@ -92,10 +95,9 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
     """TRL's GRPOTrainer on the work, one step on demand; never returns."""
     import torch
     from datasets import Dataset
+    from infra.rng import Draw, rng_for
     from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    from infra.rng import Draw, random_for
 
     rows, tokens, place = work.prompts * work.group_size, 0, 0
 
@@ -108,7 +110,7 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
         nonlocal place
         keys = [(0, Draw.SAMPLE, place + i, g) for i in range(work.prompts) for g in range(work.group_size)]
         place += work.prompts
-        uniforms = torch.tensor([random_for(*key).random() for key in keys], dtype=torch.float64)
+        uniforms = torch.tensor([rng_for(*key).random() for key in keys], dtype=torch.float64)
         lengths = common.response_lengths(uniforms, work).to(model.device)
         width = inputs["input_ids"].shape[1]
         assert inputs["input_ids"].shape == (rows, work.prompt_tokens)

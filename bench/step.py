@@ -76,9 +76,8 @@ def fastest(name: str, args, folder: str, work: Work) -> dict:
 
 def precision(folder: str, work: Work) -> dict[str, dict[str, float]]:
     """{way of fp32 products: the largest error of a log-prob, the relative error of a gradient}, against float64."""
-    import torch
-
     import model
+    import torch
 
     policy, found = model.load(folder)[0], {}
     tokens = torch.randint(

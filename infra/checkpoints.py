@@ -1,8 +1,9 @@
 """Checkpoints that survive any kill.
 
-A checkpoint folder is complete or absent: it is written under a temporary name, every file is hashed into a manifest
-and flushed to disk, and only then is the folder renamed; older ones are pruned after that. Loading verifies the
-manifest, takes the newest checkpoint that holds, and reads tensors (safetensors) and JSON, nothing that can run code.
+A checkpoint folder is complete or absent: it is written under a temporary name, every file is
+hashed into a manifest and flushed to disk, and only then is the folder renamed; older ones are
+pruned after that. Loading verifies the manifest, takes the newest checkpoint that holds, and reads
+tensors (safetensors) and JSON, nothing that can run code.
 """
 
 import hashlib
@@ -10,34 +11,46 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from infra.errors import RunStopped
-from infra.processes import on_first_rank, say
-from infra.run_folder import _flush, fresh_folder, provenance
+from infra.errors import BadInput, RunStopped
+from infra.processes import on_first_rank, print0
+from infra.run_folder import flush, fresh_folder, keep_metrics_through, provenance
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process: as meant
+
+@contextmanager
+def distributed_or_not():
+    """Options of dcp: one process saves and loads alone, as meant, and needs no warning of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": not dist.is_initialized()}
 
 
 def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
-    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and loading.
+    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and
+    loading.
 
-    `trained` holds (model, optimizer) by name. `named_parameters` lists a tied weight once. Before the first optimizer
-    step the moments are made here, as zeros.
+    `trained` holds (Policy, optimizer) by name. `named_parameters` lists a tied weight once. Before
+    the first optimizer step the moments are made here, as zeros.
     """
     tensors = {}
-    for owner, (model, optimizer) in trained.items():
-        for name, parameter in model.named_parameters():
+    for owner, (policy, optimizer) in trained.items():
+        for name, parameter in policy.model.named_parameters():
             state = optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
             tensors[f"{owner}.model.{name}"] = parameter.detach()
-            tensors |= {f"{owner}.optimizer.{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            tensors |= {
+                f"{owner}.optimizer.{moment}.{name}": state[moment]
+                for moment in ("exp_avg", "exp_avg_sq")
+            }
     return tensors
 
 
@@ -50,10 +63,12 @@ def _sha256(file: Path) -> str:
 
 
 def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int) -> None:
-    """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each writes its own shard.
+    """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each
+    writes its own shard.
 
-    `trained` holds (model, optimizer) by name, `state` all else that training needs, as JSON. Raises RunStopped if the
-    checkpoint cannot be written (a full disk, say); what was saved before is untouched then.
+    `trained` holds (Policy, optimizer) by name, `state` all else that training needs, as JSON.
+    Raises RunStopped if the checkpoint cannot be written (a full disk, say); what was saved before
+    is untouched then.
     """
     final = run / "checkpoints" / f"step_{step:06d}"
     if final.exists():  # complete, as its name says
@@ -62,16 +77,21 @@ def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int)
     try:
         fresh_folder(temporary)
         tensors = training_tensors(trained)
-        steps = {name: int(next(iter(optimizer.state.values()))["step"]) for name, (_, optimizer) in trained.items()}
+        steps = {
+            name: int(next(iter(optimizer.state.values()))["step"])
+            for name, (_, optimizer) in trained.items()
+        }
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        with distributed_or_not() as options:
+            dcp.save(tensors, storage_writer=writer, **options)
         state = {**state, "step": step, "adam_steps": steps, **provenance()}
         on_first_rank(lambda: _publish(temporary, final, state, keep))
     except (OSError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise RunStopped(
-            f"the checkpoint of step {step} could not be written to {final.parent} ({reason}); older checkpoints are "
+            f"the checkpoint of step {step} could not be written to {final.parent} ({reason}); "
+            "older checkpoints are "
             "untouched: make room, then resume=true"
         ) from error
 
@@ -79,18 +99,26 @@ def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int)
 def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(temporary.iterdir())
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    manifest = {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    metrics = final.parent.parent / "metrics.jsonl"  # a checkpoint must not outlive the rows of its steps
-    for path in (*files, temporary / "manifest.json", temporary, *([metrics] if metrics.exists() else [])):
-        _flush(path)
+    # A checkpoint must not outlive the rows of its steps
+    metrics = final.parent.parent / "metrics.jsonl"
+    for path in (
+        *files,
+        temporary / "manifest.json",
+        temporary,
+        *([metrics] if metrics.exists() else []),
+    ):
+        flush(path)
     os.replace(temporary, final)
-    _flush(final.parent)
+    flush(final.parent)
     for old in (*sorted(final.parent.glob("step_*[0-9]"))[:-keep], *final.parent.glob("damaged_*")):
         try:
             shutil.rmtree(old)
         except OSError as error:
-            say(f"an old checkpoint could not be deleted: {error}")
+            print0(f"an old checkpoint could not be deleted: {error}")
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -113,7 +141,9 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that holds; damaged newer ones are named and set aside. All ranks call it."""
+    """The newest checkpoint that holds; damaged newer ones are named and set aside. All ranks
+    call it.
+    """
     return on_first_rank(lambda: _newest_checkpoint(run / "checkpoints"))
 
 
@@ -124,7 +154,9 @@ def _newest_checkpoint(folder: Path) -> Path | None:
         fault = fault_of(checkpoint)
         if fault is None:
             return checkpoint
-        say(f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before")
+        print0(
+            f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before"
+        )
         aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
@@ -132,11 +164,40 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
-    """Fill models and optimizers in place, on any number of ranks -> the `state` that was saved beside them."""
+    """Fill models and optimizers in place, on any number of ranks -> the `state` that was saved
+    beside them.
+    """
     state = json.loads((checkpoint / "state.json").read_text())
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(training_tensors(trained), storage_reader=reader, no_dist=not dist.is_initialized())
+    with distributed_or_not() as options:
+        dcp.load(training_tensors(trained), storage_reader=reader, **options)
     for name, (_, optimizer) in trained.items():
         for moments in optimizer.state.values():
             moments["step"].fill_(state["adam_steps"][name])
+    return state
+
+
+def resume(wanted: bool, folder: Path, trained: dict, start_hash: str | None) -> dict:
+    """The state to go on from, all that is not a tensor: of the newest checkpoint that holds, else
+    of the start.
+
+    Fills `trained`, (Policy, optimizer) by name, and cuts metrics.jsonl back to where that state
+    stands. `wanted`: the user has asked to resume, and is told where there is nothing to go on
+    from. Raises BadInput where the model that the run started from, by its `start_hash`, is another
+    one now.
+    """
+    state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
+    state |= {"before": None, "after": None, "best": None}
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint:
+        state |= load_checkpoint(checkpoint, trained)
+        if state["start_hash"] != start_hash:
+            raise BadInput(
+                f"the model that {folder} started from has changed on disk: bring it back, or "
+                "start anew"
+            )
+        print0(f"resume: going on after step {state['step']}, from {checkpoint}")
+    elif wanted:
+        print0("resume: no valid checkpoint yet, so RL starts over")
+    keep_metrics_through(folder, state["step"] if checkpoint else -1)
     return state

@@ -2,8 +2,11 @@
 
     python train.py [CONFIG.yaml] [key=value ...]
 
-key=value overrides the YAML, the YAML its `base`, and that the defaults of the fields. A key is a block and a name in
-it, `train.steps`. What a run wrote of its config is read back by `saved_config` and `saved_block`.
+key=value overrides the YAML, the YAML its `base`, and that the defaults of the fields. A key is a
+block and a name in it, `train.steps`. What a run wrote of its config is read back by `saved_config`
+and `saved_block`.
+
+All that is to be known of a knob stands where it is declared, see `knob`.
 """
 
 import dataclasses
@@ -11,48 +14,130 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from infra.errors import BadInput
 
 ABSENT = "no such key"  # a config of another version of this code has keys more or less
-CHANGEABLE = (  # what a resumed run may change: keys, or beginnings of keys
-    *("run_dir", "resume", "overwrite", "dry_run", "eval."),
-    *("model.gradient_checkpointing", "model.offload_reference", "sample.batch_tokens", "train.micro_batch_tokens"),
-    *(
-        "model.shard",
-        "model.replicate",
-        "train.steps",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.diagnose_every",
-        "train.tensorboard",
-        "train.dump_every",
-        "train.timeout_minutes",
-    ),
-)
-FREE_BLOCKS = ("model.scratch.", "reward.bonus.")  # whose keys are the user's: one that is missing is no other version
 
 
-def require_at_least(least: int, config, *names: str) -> None:
-    """For the checks of config blocks: ValueError names the first field below `least`."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+def knob(
+    default,
+    help: str,
+    *,
+    least=None,
+    above=None,
+    choices: tuple = (),
+    resume: bool = False,
+    compared: bool = True,
+    warm_start: bool = False,
+    lowers: dict[str, str] | None = None,
+    free: bool = False,
+):
+    """A field of a config block: its default, and one line of help.
+
+    least, above, choices: which values it takes. `resume`: a resumed run may change it, for it
+    cannot touch the run's past. `compared`: runs that differ in it are not runs of one method
+    (tools/report.py). `warm_start`: a warm start depends on it (tools/sweep.py). `lowers`: {stage:
+    what to do} where it makes a stage need less memory. `free`: a dict whose keys are the user's.
+    """
+    metadata = {
+        "help": help,
+        "least": least,
+        "above": above,
+        "choices": choices,
+        "resume": resume,
+        "compared": compared,
+        "warm_start": warm_start,
+        "lowers": lowers or {},
+        "free": free,
+    }
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def all_keys(cls, prefix: str = "") -> list[str]:
+def setting(default, help: str, **rules):
+    """A knob that only places, saves, divides or reports the work: it may change on resume, and
+    it compares nothing.
+    """
+    return knob(default, help, resume=True, compared=False, **rules)
+
+
+class Block:
+    """A block of the config: a dataclass of knobs. ValueError where a value is not one that its
+    knob takes.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), field.metadata
+            if rules.get("least") is not None and value < rules["least"]:
+                raise ValueError(f"{field.name}={value} must be at least {rules['least']}")
+            if rules.get("above") is not None and value <= rules["above"]:
+                positive = "positive" if rules["above"] == 0 else f"above {rules['above']}"
+                raise ValueError(f"{field.name}={value} must be {positive}")
+            if rules.get("choices") and value not in rules["choices"]:
+                *others, last = map(str, rules["choices"])
+                choices = f"{', '.join(others)} or {last}"
+                raise ValueError(f"{field.name}={value!r}: choose {choices}")
+
+
+# --- the keys -------------------------------------------------------------------------------------
+
+
+def knobs(cls, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every key of a config dataclass, dotted -> its field."""
+    found, kinds = {}, get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= knobs(kind, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field
+    return found
+
+
+def all_keys(cls) -> list[str]:
     """Every key of a config dataclass, dotted."""
-    keys = []
-    for name, kind in get_type_hints(cls).items():
-        keys += all_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return keys
+    return list(knobs(cls))
+
+
+def keys_where(cls, rule: str) -> list[str]:
+    """The keys whose knobs say `rule`: "resume", "compared", "warm_start" or "free"."""
+    defaults = {"compared": True}
+    return [
+        key
+        for key, field in knobs(cls).items()
+        if field.metadata.get(rule, defaults.get(rule, False))
+    ]
+
+
+def memory_advice(cls, stage: str) -> str:
+    """What makes a stage need less memory, by the knobs that say so."""
+    advice = [
+        field.metadata["lowers"][stage]
+        for field in knobs(cls).values()
+        if stage in field.metadata.get("lowers", {})
+    ]
+    return ", or ".join(advice) or "give it less"
+
+
+def help_lines(cls) -> list[str]:
+    """`key = default`, and its line of help, for every key."""
+    lines = []
+    for key, field in knobs(cls).items():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        lines.append(f"{key} = {default!r}\n      {field.metadata['help']}")
+    return lines
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """The known key that was most likely meant: by its last name, its initials (lr), its block and its spelling."""
+    """The known key that was most likely meant: by its last name, its initials (lr), its block
+    and its spelling.
+    """
 
     def likeness(candidate: str) -> float:
         (*block, name), (*other_block, other) = key.split("."), candidate.split(".")
@@ -63,8 +148,13 @@ def nearest_key(key: str, known: list[str]) -> str:
     return max([*known, *{k.split(".")[0] for k in known}], key=likeness)
 
 
-def typed(value, kind, key):
-    """`value` as `kind`, or BadInput. YAML reads 1e-4 as text, so numbers may come as text where a float is due."""
+# --- reading --------------------------------------------------------------------------------------
+
+
+def typed(value, kind, key: str):
+    """`value` as `kind`, or BadInput. YAML reads 1e-4 as text, so numbers may come as text where
+    a float is due.
+    """
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
             return tuple(typed(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
@@ -77,7 +167,11 @@ def typed(value, kind, key):
             return number
     elif type(value) is kind:
         return value
-    wanted = f"a list of {len(get_args(kind))} numbers" if get_origin(kind) is tuple else f"of type {kind.__name__}"
+    wanted = (
+        f"a list of {len(get_args(kind))} numbers"
+        if get_origin(kind) is tuple
+        else f"of type {kind.__name__}"
+    )
     raise BadInput(f"config: {key} must be {wanted}, not {value!r}")
 
 
@@ -89,29 +183,69 @@ def build_config(cls, values, known: list[str], prefix: str = ""):
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in kinds:
-            raise BadInput(f"config: unknown key {key!r}; the nearest is {nearest_key(key, known)!r}")
+            raise BadInput(
+                f"config: unknown key {key!r}; the nearest is {nearest_key(key, known)!r}"
+            )
         nested = dataclasses.is_dataclass(kinds[name])
-        built[name] = build_config(kinds[name], value, known, key + ".") if nested else typed(value, kinds[name], key)
+        built[name] = (
+            build_config(kinds[name], value, known, key + ".")
+            if nested
+            else typed(value, kinds[name], key)
+        )
     try:
         return cls(**built)
     except ValueError as error:  # a block's own check of its values
         raise BadInput(f"config: {prefix}{error}") from error
 
 
-def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
-    """The values of a YAML file over those of its `base`, if it names one: a path from its own folder.
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys and drops the first without a word; a lost block
+    ruins a run.
+    """
 
-    `heirs` are the files that led here. Raises BadInput on a file that cannot be read, or is its own base.
+    def construct_mapping(self, node, deep=False):
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`, which YAML means to be overridden
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(
+                    f"key {key!r} stands twice, in lines {lines[key]} and {line}: make it one"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str):
+    """Plain values alone: this loader makes no objects. Raises yaml.YAMLError, or TypeError on a
+    key that is none.
+    """
+    return UniqueKeyLoader(text).get_single_data()
+
+
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
+    """The values of a YAML file over those of its `base`, if it names one: a path from its own
+    folder.
+
+    `heirs` are the files that led here. Raises BadInput on a file that cannot be read, or is its
+    own base.
     """
     chain = " -> ".join(map(str, (*heirs, path)))
     if path.resolve() in [heir.resolve() for heir in heirs]:
         raise BadInput(f"config: {path} is its own base: {chain}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise BadInput(f"config: cannot read {chain}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (
+        yaml.YAMLError,
+        UnicodeDecodeError,
+        TypeError,
+    ) as error:  # TypeError: a key that cannot be one
+        raise BadInput(
+            f"config: {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(values, dict):
         raise BadInput(f"config: {path} must hold keys and values, not {values!r}")
     base = values.pop("base", "")
@@ -127,58 +261,61 @@ def merged(below, above):
     return below | {key: merged(below.get(key), value) for key, value in above.items()}
 
 
-def read_config(cls, arguments: list[str], default: Path):
-    """`[CONFIG.yaml] [key=value ...]` -> a `cls`: key=value overrides YAML, YAML its `base`, that the fields' defaults.
+def kind_of(cls, key: str):
+    """The type of a dotted key; None where there is none."""
+    for name in key.split("."):
+        cls = get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
+    return cls
 
-    Raises BadInput on a file that cannot be read, an unknown key, a wrong type, or what a block says of its own values.
+
+def override(values: dict, argument: str, cls) -> None:
+    """Put `key=value` into nested dicts. A text is taken to the letter, anything else is read as
+    YAML.
+    """
+    key, _, text = argument.partition("=")
+    *blocks, name = key.split(".")
+    block = values
+    for part in blocks:
+        block = block.setdefault(part, {}) if isinstance(block, dict) else None
+    if not isinstance(block, dict):
+        raise BadInput(f"config: {argument!r} goes through something that is no block")
+    if kind_of(cls, key) is str:
+        block[name] = text
+        return
+    try:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, TypeError) as error:
+        raise BadInput(f"config: cannot read the value of {argument!r}") from error
+    block[name] = "" if value is None else value
+
+
+def read_config(cls, arguments: list[str], default: Path):
+    """`[CONFIG.yaml] [key=value ...]` -> a `cls`: key=value overrides YAML, YAML its `base`, that
+    the fields' defaults.
+
+    Raises BadInput on a file that cannot be read, an unknown key, a wrong type, or what a block
+    says of its own values.
     """
     overrides = [a for a in arguments if "=" in a]
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1 or any(a.startswith(("-", "=")) for a in arguments):
         given = " ".join(arguments)
-        raise BadInput(f"usage: [CONFIG.yaml] [key=value ...], no dashes, no spaces around '=', not {given!r}")
+        raise BadInput(
+            f"usage: [CONFIG.yaml] [key=value ...], no dashes, no spaces around '=', not {given!r}"
+        )
     path = Path(files[0]) if files else default
     values = read_yaml(path)
-    for override in overrides:
-        key, _, text = override.partition("=")
-        *blocks, name = key.split(".")
-        block = values
-        for part in blocks:
-            block = block.setdefault(part, {}) if isinstance(block, dict) else None
-        if not isinstance(block, dict):
-            raise BadInput(f"config: {override!r} goes through something that is no block")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise BadInput(f"config: cannot read the value of {override!r}") from error
-        block[name] = "" if value is None else value
+    for argument in overrides:
+        override(values, argument, cls)
     config = build_config(cls, values, all_keys(cls))
     config.run_dir = config.run_dir or f"runs/{path.stem}"
     return config
 
 
-def saved_config(folder: Path) -> dict:
-    """What a run wrote of its config; {} where the folder holds no run. Raises BadInput where it cannot be read."""
-    file = folder / "config.yaml"
-    try:
-        saved = yaml.safe_load(file.read_text()) if file.exists() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return saved if isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys() else {}
+# --- what a run wrote -----------------------------------------------------------------------------
 
 
-def saved_block(cls, config: dict, name: str):
-    """Block `name` of a saved config, or its defaults. Raises BadInput where another version of this code wrote it."""
-    try:
-        return cls(**config.get(name, {}))
-    except (TypeError, ValueError) as error:
-        raise BadInput(
-            f"the run's config.yaml holds a block {name!r} that this version of the code cannot read ({error}): "
-            "check out the commit that its first lines name"
-        ) from error
-
-
-def plain(config) -> dict:
+def to_dict(config) -> dict:
     """The config as YAML and JSON can hold it (lists for tuples)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -187,15 +324,49 @@ def flat(config: dict, prefix: str = "") -> dict:
     """Nested blocks as one dict with dotted keys."""
     items: dict = {}
     for key, value in config.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        items |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return items
 
 
-def changes(saved: dict, config: dict) -> str:
+def saved_config(folder: Path) -> dict:
+    """What a run wrote of its config; {} where the folder holds no run. Raises BadInput where it
+    cannot be read.
+    """
+    file = folder / "config.yaml"
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return saved if isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys() else {}
+
+
+def saved_block(cls, config: dict, name: str):
+    """Block `name` of a saved config, or its defaults. Raises BadInput where another version of
+    this code wrote it.
+    """
+    try:
+        return cls(**config.get(name, {}))
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"the run's config.yaml holds a block {name!r} that this version of the code cannot "
+            f"read ({error}): "
+            "check out the commit that its first lines name"
+        ) from error
+
+
+def changes(saved: dict, config) -> str:
     """`key: before -> now, ...` of what a resumed run may not change; empty if nothing."""
-    sides, diff = (flat(saved), flat(config)), []
-    for key in sides[0] | sides[1]:
-        before, now = (side.get(key, None if key.startswith(FREE_BLOCKS) else ABSENT) for side in sides)
-        if before != now and not key.startswith(CHANGEABLE):
-            diff.append(f"{key}: {before} -> {now}")
-    return ", ".join(diff)
+    cls = type(config)
+    may_change = set(keys_where(cls, "resume"))
+    # A key that is missing there is no other version
+    free = tuple(f"{key}." for key in keys_where(cls, "free"))
+    before, now = flat(saved), flat(to_dict(config))
+    found = []
+    for key in before | now:
+        absent = None if key.startswith(free) else ABSENT
+        old, new = before.get(key, absent), now.get(key, absent)
+        if old != new and key not in may_change:
+            found.append(f"{key}: {old} -> {new}")
+    return ", ".join(found)

@@ -1,6 +1,7 @@
 """What goes wrong in a foreseen way: one line that says what, where, and what to do instead.
 
-Exit codes: 2 where the user can mend it, 1 where a run cannot go on, 75 where it was told to stop and has saved.
+Exit codes: 2 where the user can mend it, 1 where a run cannot go on, 75 where it was told to stop
+and has saved.
 """
 
 import argparse
@@ -8,24 +9,24 @@ import errno
 from contextlib import contextmanager
 from importlib import import_module
 
-EXIT_BAD_INPUT = 2  # the user can mend it
-EXIT_FAILED = 1  # the run cannot go on
-EXIT_STOPPED = 75  # SIGTERM or Ctrl-C: saved, `resume=true` goes on (EX_TEMPFAIL, "try again later")
-UNWRITABLE = tuple(getattr(errno, f"E{name}") for name in ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO"))
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of the driver, a CPU, the libraries
-MEMORY_KNOBS = {  # stage -> what makes it need less memory
-    "load": "give each GPU less by more of them (model.shard), or set model.offload_reference=true",
-    "warm_start": "lower train.micro_batch_tokens",
-    "evaluate": "lower sample.batch_tokens",
-    "sample": "lower sample.batch_tokens",
-    "log_probs": "lower train.micro_batch_tokens",
-    "prm": "lower train.micro_batch_tokens",
-    "update": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
-}
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+EXIT_STOPPED = 75  # EX_TEMPFAIL, "try again later": `resume=true` goes on
+UNWRITABLE = tuple(
+    getattr(errno, f"E{name}") for name in ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO")
+)
+# Of the driver, a CPU, the libraries
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+)
 
 
 class BadInput(Exception):
-    """The user can mend this: its message is one line that says what, where, and what to do instead."""
+    """The user can mend this: its message is one line that says what, where, and what to do
+    instead.
+    """
 
 
 class RunStopped(Exception):
@@ -36,6 +37,16 @@ class RunStopped(Exception):
         self.code = code
 
 
+class OutOfMemory(RunStopped):
+    """A stage did not fit. What makes it need less is said by the knobs, see
+    infra.config.memory_advice.
+    """
+
+    def __init__(self, reason: str, stage: str = ""):
+        super().__init__(reason)
+        self.stage = stage
+
+
 class Parser(argparse.ArgumentParser):
     """Whose complaints are one line, as all of ours are."""
 
@@ -43,23 +54,31 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (python {self.prog} --help)")
 
 
-def told(error: Exception) -> str:
-    """The two sentences in which torch says what did not fit into memory; more would be a wall of text."""
+def is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError is a RuntimeError; on a CPU and in the libraries only the words
+    tell.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def first_sentences(error: Exception) -> str:
+    """The two sentences in which torch says what did not fit into memory; more would be a wall
+    of text.
+    """
     return ". ".join(" ".join(str(error).split()).split(". ")[:2])
 
 
 @contextmanager
 def enough_memory(stage: str):
-    """Where the block runs out of memory, RunStopped names the stage and what makes it need less."""
+    """Where the block runs out of memory, OutOfMemory names the stage."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise RunStopped(
-            f"out of memory in stage {stage} ({told(error)}): {MEMORY_KNOBS.get(stage, 'give it less')}; "
-            "resume=true goes on from the newest checkpoint"
-        ) from error
+        raise OutOfMemory(first_sentences(error), stage) from error
 
 
 def optional(module: str, package: str):
@@ -67,4 +86,6 @@ def optional(module: str, package: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise BadInput(f"{package} is needed here and not installed: pip install {package}") from error
+        raise BadInput(
+            f"{package} is needed here and not installed: pip install {package}"
+        ) from error

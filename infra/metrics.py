@@ -1,74 +1,137 @@
-"""What a step says of itself: the metrics of its stages, the line on the console, and TensorBoard.
+"""What a step says of itself: the metrics of its stages, and TensorBoard. docs/metrics.md explains
+each key.
 
-No key where a quantity was not computed. docs/metrics.md explains each.
+A quantity that was not computed has no key.
 """
 
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from infra.errors import enough_memory, optional
-from infra.processes import rank
+from infra.errors import RunStopped, enough_memory, optional
+from infra.memory import peak_gib
+from infra.processes import all_reduce, rank
+
+MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
+# Statistics whose whole is the largest part; all others are sums
+MAXIMA = (
+    "ratio/max",
+    "sampler_gap",
+)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], key: str):
-    """Add the seconds that a stage takes to `seconds`; where it runs out of memory, say so by its name."""
+    """Add the seconds that a stage takes to `seconds`; where it runs out of memory, say so by
+    its name.
+    """
     start = time.perf_counter()
     with enough_memory(key.removeprefix("time/")):
         yield
     seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
 
-def sampling_metrics(rollout, scores, rewards, kept: torch.Tensor, group_size: int) -> dict[str, float]:
-    """Over all responses of a step. scores, rewards [B], NaN where there is no verdict; kept [B / G] bool."""
-    groups, lengths, scored = scores.view(-1, group_size), rollout.mask.sum(1).double(), rewards[~rewards.isnan()]
+class StepSums:
+    """The statistics of one optimizer step, added up over its micro-batches and ranks.
+
+    Each is a weighted sum whose weights were fixed before the step, so adding is all there is to
+    it. Weights need not sum to 1: statistics, but not the loss, are divided by their
+    `total_weight`.
+    """
+
+    def __init__(self, total_weight: torch.Tensor | float = 1.0):
+        self.total_weight = total_weight
+        self.sums: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
+
+    def add(self, loss: torch.Tensor, stats: dict[str, torch.Tensor] | None = None) -> None:
+        """Those of one micro-batch."""
+        self.sums["loss"] += loss.item()
+        for key, value in (stats or {}).items():
+            if key in MAXIMA:
+                self.maxima[key] = max(self.maxima.get(key, 0.0), value.item())
+            else:
+                self.sums[key] += (value / self.total_weight).item()
+
+    def over_ranks(self) -> dict[str, float]:
+        """All ranks call it together."""
+        whole = {}
+        for values, op in ((self.sums, dist.ReduceOp.SUM), (self.maxima, dist.ReduceOp.MAX)):
+            reduced = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64), op)
+            whole |= dict(zip(values, reduced.tolist(), strict=True))
+        return whole
+
+
+def check_refused(state: dict, update: dict, where: str) -> None:
+    """Count optimizer steps refused in a row; a run that can take none any more stops with a
+    clear word.
+    """
+    state["refused_in_a_row"] = 0 if update else state["refused_in_a_row"] + 1
+    if state["refused_in_a_row"] == MAX_REFUSED:
+        raise RunStopped(
+            f"{MAX_REFUSED} optimizer steps in a row had non-finite gradients, at {where}"
+        )
+
+
+def sampling_metrics(batch, scores: torch.Tensor, kept: torch.Tensor) -> dict[str, float]:
+    """Over all responses of a step. scores [B], the verdicts', NaN where there is none; kept [B
+    / G] bool.
+    """
+    groups = scores.view(-1, batch.group_size)
+    lengths = batch.mask.sum(1).double()
+    rewarded = batch.rewards[~batch.rewards.isnan()]
     metrics = {
-        "reward/faults": len(rewards) - len(scored),
+        "reward/faults": len(batch) - len(rewarded),
         "groups/all_right": (groups == 1).all(1).double().mean().item(),
         "groups/all_wrong": (groups == 0).all(1).double().mean().item(),
         "groups/kept": kept.double().mean().item(),
         "response_length/mean": lengths.mean().item(),
         "response_length/max": int(lengths.max()),
-        "response_length/truncated": rollout.truncated.double().mean().item(),
+        "response_length/truncated": batch.truncated.double().mean().item(),
     }
-    if len(scored) > 1:
-        metrics |= {"reward/mean": scored.mean().item(), "reward/std": scored.std().item()}
+    if len(rewarded) > 1:
+        metrics |= {"reward/mean": rewarded.mean().item(), "reward/std": rewarded.std().item()}
     return metrics
 
 
-def token_metrics(
-    kept, log_probs, ref_log_probs, entropy, outcome, advantages, has_reference: bool
-) -> dict[str, float]:
-    """Means over the response tokens of the kept groups, all arguments [B, T]; nothing where no group was kept.
+def token_metrics(batch, outcome: torch.Tensor | None) -> dict[str, float]:
+    """Means over the response tokens of the groups that are learned from; nothing where there are
+    none.
 
-    outcome: None where the advantage is no sum of an outcome and a step term.
+    outcome [B, T]: the outcome term of the advantage; None where it is no sum of an outcome and a
+    step term.
     """
-    if not len(kept):
+    if not len(batch):
         return {}
-    m = kept.mask
+    live = batch.mask
     metrics = {
-        "entropy": entropy[m].mean().item(),
-        "sampler_gap": (log_probs - kept.sampler_log_probs)[m].abs().max().item(),
+        "entropy": batch.entropy[live].mean().item(),
+        "sampler_gap": (batch.log_probs - batch.sampler_log_probs)[live].abs().max().item(),
     }
-    if has_reference:
-        metrics["kl/ref"] = (log_probs - ref_log_probs)[m].mean().item()
+    if batch.ref_log_probs is not None:
+        metrics["kl/ref"] = (batch.log_probs - batch.ref_log_probs)[live].mean().item()
     if outcome is not None:
-        metrics["advantage/outcome_abs"] = outcome[m].abs().mean().item()
-    if outcome is not None and has_reference:
-        metrics["advantage/step_abs"] = (advantages - outcome)[m].abs().mean().item()
+        metrics["advantage/outcome_abs"] = outcome[live].abs().mean().item()
+    if outcome is not None and batch.ref_log_probs is not None:
+        metrics["advantage/step_abs"] = (batch.advantages - outcome)[live].abs().mean().item()
     return metrics
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of one RL step, and how many steps were refused.
 
-    Of ratio/max the max; of sampler_gap the first, the only one that scores with the weights that sampled.
+    Of ratio/max the max; of sampler_gap the first, the only one that compares with the weights that
+    sampled.
     """
     taken = [update for update in updates if update]
-    metrics = {key: sum(update[key] for update in taken) / len(taken) for key in (taken[0] if taken else ())}
+    metrics = {
+        key: sum(update[key] for update in taken) / len(taken)
+        for key in (taken[0] if taken else ())
+    }
     if taken:
         metrics["ratio/max"] = max(update["ratio/max"] for update in taken)
     if "sampler_gap" in metrics:
@@ -76,41 +139,22 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     return metrics | {"updates/taken": len(taken), "updates/refused": len(updates) - len(taken)}
 
 
-def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
-    """One aligned line of the metrics that tell whether a run is well."""
-    cells = [f"step {step:>{len(str(steps))}}/{steps}"]
-    for label, key, width, digits in (
-        ("reward", "reward/mean", 5, 3),
-        ("kept", "groups/kept", 4, 2),
-        ("length", "response_length/mean", 6, 1),
-        ("entropy", "entropy", 6, 4),
-        ("kl/ref", "kl/ref", 7, 4),
-        ("|step|", "advantage/step_abs", 6, 4),
-        ("clip", "clip_fraction", 6, 4),
-        ("grad", "grad_norm", 5, 2),
-    ):
-        cells.append(f"{label} {m[key]:{width}.{digits}f}" if key in m else f"{label} {'-':>{width}}")
-    return "  ".join([*cells, f"{m['time/step']:.2f} s"])
-
-
-def summary(config, folder: Path, state: dict, seconds: float) -> str:
-    """The end of a run: what it began with, what it reached, and where to look."""
-    first, last = state["before"], state["after"] or state["before"]
-    lines = [f"\ndone in {seconds:.0f} s: {folder}"]
-    for name, key, form in (
-        (f"held-out accuracy, T={config.sample.temperature:g}", "eval/accuracy", ".3f"),
-        ("held-out accuracy, greedy", "eval/accuracy_greedy", ".3f"),
-        ("response length, tokens", "eval/response_length", ".1f"),
-    ):
-        lines.append(f"  {name:<26} {first[key]:{form}} -> {last[key]:{form}}")
-    lines.append(f"  {'best accuracy':<26} {state['best']['eval/accuracy']:.3f} at step {state['best']['step']}")
-    return "\n".join([*lines, f"the model is in {folder / 'model'}; look at what it writes: python sample.py {folder}"])
+def cost_metrics(batch, seconds: dict[str, float]) -> dict[str, float]:
+    """What a step took: seconds by stage, tokens per second of the whole step, memory."""
+    return {
+        **seconds,
+        "time/verdict_max": max(verdict.seconds for verdict in batch.verdicts),
+        "tokens_per_second": int(batch.mask.sum()) / seconds["time/step"],
+        "memory/peak_gib": peak_gib(),
+    }
 
 
 def tensorboard(folder: Path, step: int, wanted: bool):
-    """A function that writes a row of metrics as scalars to folder/tensorboard, on rank 0 and if wanted.
+    """A function that writes a row of metrics as scalars to folder/tensorboard, on rank 0 and if
+    wanted.
 
-    What an earlier attempt wrote after `step` is hidden. Raises BadInput, on every rank, if the package is missing.
+    What an earlier attempt wrote after `step` is hidden. Raises BadInput, on every rank, if the
+    package is missing.
     """
     package = optional("torch.utils.tensorboard", "tensorboard") if wanted else None
     if not package or rank():

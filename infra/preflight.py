@@ -1,4 +1,5 @@
-"""Imported first by the scripts: a wrong Python, a missing package or an early Ctrl-C is one line, not a traceback.
+"""Imported first by the scripts: a wrong Python, a missing package or an early Ctrl-C is one line,
+not a traceback.
 
 Python 3.8 must be able to read this file and the scripts: no newer syntax in them.
 """
@@ -7,7 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-OLDEST = {"torch": "2.11"}  # where the code runs with an older version than the one that requirements.txt pins
+OLDEST = {
+    "torch": "2.11"
+}  # where the code runs with an older version than the one that requirements.txt pins
 
 
 def numbers(version):
@@ -18,7 +21,8 @@ def numbers(version):
 def complaint():
     """What is missing to run this project, and what to do; None if nothing is."""
     if sys.version_info < (3, 10):  # noqa: UP036
-        return f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: use a newer one"
+        found = f"{sys.executable} is {sys.version.split()[0]}"
+        return f"Python 3.10 or newer is needed, {found}: use a newer one"
     from importlib.metadata import PackageNotFoundError, version
 
     requirements = (Path(__file__).parent.parent / "requirements.txt").read_text()
@@ -26,7 +30,9 @@ def complaint():
         try:
             found, least = version(name), OLDEST.get(name, least)
             if numbers(found) < numbers(least):
-                return f"{name} {found} is too old, {least} is needed: pip install -r requirements.txt"
+                return (
+                    f"{name} {found} is too old, {least} is needed: pip install -r requirements.txt"
+                )
         except PackageNotFoundError:
             return f"{name} is not installed for {sys.executable}: pip install -r requirements.txt"
     return None

@@ -6,7 +6,9 @@ import numpy as np
 
 
 class Draw(IntEnum):
-    """What a random number is for. Each purpose has its own stream, so that none can disturb another."""
+    """What a random number is for. Each purpose has its own stream, so that none can disturb
+    another.
+    """
 
     PROBLEMS = 0
     ORDER = 1
@@ -17,6 +19,8 @@ class Draw(IntEnum):
     WEIGHTS = 6
 
 
-def random_for(seed: int, purpose: Draw, *index: int) -> np.random.Generator:
-    """The generator of one purpose and place: the same arguments give the same numbers on any machine and rank."""
+def rng_for(seed: int, purpose: Draw, *index: int) -> np.random.Generator:
+    """The generator of one purpose and place: the same arguments give the same numbers on any
+    machine and rank.
+    """
     return np.random.default_rng([seed, purpose, *index])

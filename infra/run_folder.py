@@ -1,12 +1,13 @@
-"""A run's folder: made or reopened under a lock, with the config, command and versions that made it.
+"""A run's folder: made or reopened under a lock, with the config, command and versions that made
+it.
 
-runs/NAME/config.yaml            the resolved config, with the command, commit and versions that made it
-runs/NAME/metrics.jsonl          one line per step; step 0 is the evaluation before training
-runs/NAME/samples/step_*.jsonl   whole rollouts, now and then
-runs/NAME/checkpoints/step_*/    shard-*.safetensors (weights and optimizer moments), state.json, manifest.json
-runs/NAME/warm_start/            metrics.jsonl and model/, where the model was built from scratch
-runs/NAME/model/                 the trained model, for `from_pretrained`
-runs/NAME/lock                   held by the process that works here
+runs/NAME/config.yaml            the resolved config, with the command, commit and versions that
+made it runs/NAME/metrics.jsonl          one line per step; step 0 is the evaluation before training
+runs/NAME/samples/step_*.jsonl   whole rollouts, now and then runs/NAME/checkpoints/step_*/
+shard-*.safetensors (weights and optimizer moments), state.json, manifest.json runs/NAME/warm_start/
+metrics.jsonl and model/, where the model was built from scratch runs/NAME/model/
+the trained model, for `from_pretrained` runs/NAME/lock                   held by the process that
+works here
 """
 
 import fcntl
@@ -22,11 +23,12 @@ from pathlib import Path
 
 import yaml
 
-from infra.config import ABSENT, changes, saved_config
+from infra.config import ABSENT, changes, saved_config, to_dict
 from infra.errors import BadInput
 from infra.processes import on_first_rank, rank
 
-LOCK_TRIES = 50  # ten a second: a killed process takes its time to die, and lets go of its run folder only then
+# Ten a second: a killed process takes its time to die, and lets go of its run folder only then
+LOCK_TRIES = 50
 
 
 def provenance() -> dict[str, str]:
@@ -40,7 +42,7 @@ def provenance() -> dict[str, str]:
     return {"command": " ".join(sys.argv), "commit": commit or "unknown", **packages}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,7 +53,7 @@ def _flush(path: Path) -> None:
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, file)
 
 
@@ -75,10 +77,12 @@ def append_line(file: Path, row: dict) -> None:
 _locks: list = []  # the open file of the lock that this process holds
 
 
-def hold(lock: Path, what: str) -> None:
-    """Lock a file while this process lives, instead of the one before; the kernel lets go of it at any kind of end.
+def take_lock(lock: Path, what: str) -> None:
+    """Lock a file while this process lives, instead of the one before; the kernel lets go of it at
+    any kind of end.
 
-    Raises BadInput where another process holds it. Where the file system knows no locks there is none.
+    Raises BadInput where another process holds it. Where the file system knows no locks there is
+    none.
     """
     while _locks:
         _locks.pop().close()
@@ -91,7 +95,9 @@ def hold(lock: Path, what: str) -> None:
             if not tries_left:
                 file.seek(0)
                 holder = file.read() or "another process"
-                raise BadInput(f"{what} is in use by {holder}: wait for it, stop it, or choose another") from error
+                raise BadInput(
+                    f"{what} is in use by {holder}: wait for it, stop it, or choose another"
+                ) from error
             time.sleep(0.1)
         except OSError:
             return
@@ -100,51 +106,71 @@ def hold(lock: Path, what: str) -> None:
     print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
 
 
-def open_run_folder(config: dict) -> Path:
+def open_run_folder(config) -> Path:
     """Make or reopen `run_dir` and write config.yaml there. All ranks call it.
 
-    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), belongs to a process that
-    still runs, is no run folder, holds the model to start from (and overwrite was given), cannot be written, is not
-    seen by all ranks, or holds a run whose config differs in a key that matters.
+    Raises BadInput if the folder is in use (and neither resume nor overwrite was given), belongs to
+    a process that still runs, is no run folder, holds the model to start from (and overwrite was
+    given), cannot be written, is not seen by all ranks, or holds a run whose config differs in a
+    key that matters.
     """
     run = on_first_rank(lambda: _open_run_folder(config))
     if not (run / "config.yaml").exists():
-        raise BadInput(f"run_dir {run} is not the same folder on all nodes: put it on a shared file system")
+        raise BadInput(
+            f"run_dir {run} is not the same folder on all nodes: put it on a shared file system"
+        )
     return run
 
 
-def _open_run_folder(config: dict) -> Path:
-    run, file, header = Path(config["run_dir"]), Path(config["run_dir"]) / "config.yaml", ""
+def _open_run_folder(config) -> Path:
+    run = Path(config.run_dir)
+    file, header = run / "config.yaml", ""
     try:
         # A folder that was killed before it had its config.yaml holds nothing: it counts as empty.
-        in_use = run.is_dir() and any(path.name not in ("config.yaml.tmp", "lock") for path in run.iterdir())
+        in_use = run.is_dir() and any(
+            path.name not in ("config.yaml.tmp", "lock") for path in run.iterdir()
+        )
         saved = saved_config(run)
         if in_use and not saved:
-            raise BadInput(f"run_dir {run} is not a run folder (no config.yaml of a run): choose another run_dir=...")
-        if in_use and not (config["resume"] or config["overwrite"]):
-            raise BadInput(f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=...")
+            raise BadInput(
+                f"run_dir {run} is not a run folder (no config.yaml of a run): choose another "
+                "run_dir=..."
+            )
+        if in_use and not (config.resume or config.overwrite):
+            raise BadInput(
+                f"run_dir {run} is in use: give resume=true, overwrite=true or another run_dir=..."
+            )
         run.mkdir(parents=True, exist_ok=True)
-        hold(run / "lock", f"run_dir {run}")
-        if in_use and config["resume"]:
-            header = "".join(line + "\n" for line in file.read_text().splitlines() if line.startswith("# "))
+        take_lock(run / "lock", f"run_dir {run}")
+        if in_use and config.resume:
+            header = "".join(
+                line + "\n" for line in file.read_text().splitlines() if line.startswith("# ")
+            )
             if diff := changes(saved, config):
                 if ABSENT in diff:
                     raise BadInput(
-                        f"run_dir {run} was made by another version of this code ({diff}): check out the commit that "
+                        f"run_dir {run} was made by another version of this code ({diff}): check "
+                        "out the commit that "
                         f"{file} names, or start another run"
                     )
-                raise BadInput(f"run_dir {run} was made with another config ({diff}): undo that, or start another run")
+                raise BadInput(
+                    f"run_dir {run} was made with another config ({diff}): undo that, or start "
+                    "another run"
+                )
         elif in_use:
-            if run.resolve() in Path(config["model"]["path"]).resolve().parents:
-                raise BadInput(f"overwrite=true would delete model.path, which lies in run_dir {run}")
-            doomed = run.with_name(f"{run.name}.overwritten")  # away in one move: half a deletion would be no run
+            if run.resolve() in Path(config.model.path).resolve().parents:
+                raise BadInput(
+                    f"overwrite=true would delete model.path, which lies in run_dir {run}"
+                )
+            # Away in one move: half a deletion would be no run
+            doomed = run.with_name(f"{run.name}.overwritten")
             shutil.rmtree(doomed, ignore_errors=True)
             run.rename(doomed)
             shutil.rmtree(doomed)
             run.mkdir(parents=True)
-            hold(run / "lock", f"run_dir {run}")
+            take_lock(run / "lock", f"run_dir {run}")
         header += "".join(f"# {key}: {value}\n" for key, value in provenance().items())
-        _write_atomically(file, header + yaml.safe_dump(config, sort_keys=False))
+        _write_atomically(file, header + yaml.safe_dump(to_dict(config), sort_keys=False))
         for folder in ("samples", "checkpoints"):
             (run / folder).mkdir(exist_ok=True)
     except OSError as error:
@@ -153,7 +179,9 @@ def _open_run_folder(config: dict) -> Path:
 
 
 def keep_metrics_through(run: Path, step: int) -> list[dict]:
-    """Drop what metrics.jsonl says of later steps than `step`, and a last line cut short -> the rows kept."""
+    """Drop what metrics.jsonl says of later steps than `step`, and a last line cut short -> the
+    rows kept.
+    """
     return on_first_rank(lambda: _keep_metrics_through(run / "metrics.jsonl", step))
 
 

@@ -13,7 +13,9 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from infra.config import Block, knob
 
 from rewards import sandbox
 from rewards.answers import grade_math, grade_number, last_box
@@ -67,22 +69,21 @@ def check_name(name: str, key: str = "grader") -> None:
 
 
 @dataclass
-class RewardConfig:
-    grader: str = ""  # a name in GRADERS for all problems; empty: each problem names its own
-    bonus: dict = field(default_factory=dict)  # {grader: weight}: its score, so weighted, is added to the reward
-    overlong_buffer: int = 0  # tokens before sample.max_new_tokens over which the reward falls by up to 1; 0: off
-    code_fraction: bool = False  # programs: the fraction of the tests passed (PRIME), not whether all are
-    allow_unsafe_code_execution: bool = False  # run programs even where no sandbox works: read SECURITY.md first
+class RewardConfig(Block):
+    grader: str = knob("", "a name in rewards.GRADERS for all problems; empty: each names its own")
+    bonus: dict = knob({}, "{grader: weight}: its score, so weighted, is added", free=True)
+    overlong_buffer: int = knob(0, "tokens before the limit over which the reward falls", least=0)
+    code_fraction: bool = knob(False, "programs: the fraction of the tests passed, as PRIME has it")
+    allow_unsafe_code_execution: bool = knob(False, "run programs without a sandbox: SECURITY.md")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.grader:
             check_name(self.grader)
         for name, weight in self.bonus.items():
             check_name(name, "bonus")
             if type(weight) not in (int, float) or not math.isfinite(weight):
                 raise ValueError(f"bonus={self.bonus!r}: the weight of {name} must be a number")
-        if self.overlong_buffer < 0:
-            raise ValueError(f"overlong_buffer={self.overlong_buffer} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,13 @@ class Grader:
         if any(used in IN_THREAD for used, _, _ in jobs):
             return list(threads(os.getpid()).map(lambda job: self.grade_one(*job), jobs))
         return [self.grade_one(*job) for job in jobs]
+
+    def judge(self, answers, max_new_tokens: int) -> list[tuple[Verdict, float]]:
+        """(verdict, reward to train on) of each (problem, text, length in tokens)."""
+        texts = [answer[:2] for answer in answers]
+        lengths = [answer[2] for answer in answers]
+        verdicts = self.grade(texts)
+        return list(zip(verdicts, self.shaped_rewards(texts, verdicts, lengths, max_new_tokens), strict=True))
 
     def shaped_rewards(self, answers, verdicts, lengths, max_new_tokens: int) -> list[float]:
         """The rewards to train on: score + weighted bonuses + over-long penalty of each answer; NaN without a verdict.

@@ -1,7 +1,9 @@
-"""Where problems come from: a source is a function (config, seed) -> (train problems, held-out problems).
+"""Where problems come from: a source is a function (config, seed) -> (train problems, held-out
+problems).
 
-To add a dataset, write its row in datasets.py and name it in ROWS. To add a made task, write a file like chain.py and
-name it in SOURCES; with a demonstrator and a tokenizer, a model from scratch can learn it.
+To add a dataset, write its row in datasets.py and name it in ROWS. To add a made task, write a file
+like chain.py and name it in SOURCES; with a demonstrator and a tokenizer, a model from scratch can
+learn it.
 """
 
 from functools import partial
@@ -11,16 +13,28 @@ from tasks.datasets import ROWS, dataset_problems
 from tasks.gym import reasoning_gym_problems
 from tasks.print_sum import print_problems, print_solution, print_tokenizer
 
-SOURCES = {"chain": chain_problems, "print": print_problems, "reasoning_gym": reasoning_gym_problems}
+SOURCES = {
+    "chain": chain_problems,
+    "print": print_problems,
+    "reasoning_gym": reasoning_gym_problems,
+}
 SOURCES |= dict.fromkeys(ROWS, dataset_problems)
-# For the warm start of a new model: (prompt, noise or None) -> text, and the tokenizer of such texts.
+# For the warm start of a new model: (prompt, noise or None) -> text, and the tokenizer of such
+# texts.
 DEMONSTRATORS = {"chain": chain_solution, "print": print_solution}
 TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
-ASK_FOR_PROGRAM = "{question}\n\nPut the whole program, imports included, in one block that begins with ```python."
-ASK_FOR_BOX = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+ASK_FOR_PROGRAM = (
+    "{question}\n\n"
+    "Put the whole program, imports included, in one block that begins with ```python."
+)
+ASK_FOR_BOX = (
+    "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
 PROMPTS = {  # what stands around the question, where it is not ASK_FOR_BOX
     **dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM),
-    **dict.fromkeys(("chain", "print", "file", "eurus", "eurus_math"), "{question}"),  # these say it themselves
+    **dict.fromkeys(
+        ("chain", "print", "file", "eurus", "eurus_math"), "{question}"
+    ),  # these say it themselves
 }
 
 

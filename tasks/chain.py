@@ -1,12 +1,14 @@
-"""The chain task, which a 170k-parameter model learns on a CPU: a chain of labelled operations modulo 10.
+"""The chain task, which a 170k-parameter model learns on a CPU: a chain of labelled operations
+modulo 10.
 
 A prompt is evaluated from left to right; a solution writes one labelled step per operation:
 
     prompt    3b+5c*2d-7?
     solution  b3+5=8;c8*2=6;d6-7=9;#9
 
-The demonstrator is noisy: it slips, it has a misconception about large products (so that even greedy decoding errs),
-and it repeats some steps in brackets, which carries no information. RL has accuracy to gain and length to lose.
+The demonstrator is noisy: it slips, it has a misconception about large products (so that even
+greedy decoding errs), and it repeats some steps in brackets, which carries no information. RL has
+accuracy to gain and length to lose.
 """
 
 import re
@@ -20,22 +22,35 @@ from tasks.problem import Problem, made_problems
 LABELS = "bcdefghijklmnopqrstuvwxyz"
 SLIP = 0.12  # chance per step that the demonstrator's result is off by one
 MISCONCEPTION = 0.6  # chance that a product of two digits >= 6 comes out one too high
-REPEATS = (0.0, 0.5, 1.0)  # chance of repeating a step; a demonstration draws one of these for all its steps
+# Chance of repeating a step; a demonstration draws one of these for all its steps
+REPEATS = (
+    0.0,
+    0.5,
+    1.0,
+)
 _OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
-def chain_solution(prompt: str, noise: np.random.Generator | None = None, repeat_slip: float = SLIP) -> str:
+def chain_solution(
+    prompt: str, noise: np.random.Generator | None = None, repeat_slip: float = SLIP
+) -> str:
     """The written solution of a chain prompt: right and concise, or with the demonstrator's noise.
 
-    A wrong result is carried on into the following steps, as a person's would be. Where it repeats steps, the
-    demonstrator slips with chance `repeat_slip` per step: it sets how length and being right go together.
+    A wrong result is carried on into the following steps, as a person's would be. Where it repeats
+    steps, the demonstrator slips with chance `repeat_slip` per step: it sets how length and being
+    right go together.
     """
     value, lines = int(prompt[0]), []
     repeat = noise.choice(REPEATS) if noise else 0.0
     slip = repeat_slip if repeat else SLIP
     for label, operator, digit in re.findall(r"([a-z])([-+*])(\d)", prompt):
         result = _OPERATIONS[operator](value, int(digit)) % 10
-        if noise and operator == "*" and min(value, int(digit)) >= 6 and noise.random() < MISCONCEPTION:
+        if (
+            noise
+            and operator == "*"
+            and min(value, int(digit)) >= 6
+            and noise.random() < MISCONCEPTION
+        ):
             result = (result + 1) % 10
         if noise and noise.random() < slip:
             result = (result + noise.choice((-1, 1))) % 10
@@ -48,7 +63,11 @@ def chain_solution(prompt: str, noise: np.random.Generator | None = None, repeat
 def chain_prompt(random: np.random.Generator, min_steps: int, max_steps: int) -> str:
     length = random.integers(min_steps, max_steps + 1)
     operators, digits = random.choice(list(_OPERATIONS), length), random.integers(0, 10, length + 1)
-    return str(digits[0]) + "".join(f"{LABELS[i]}{operators[i]}{digits[i + 1]}" for i in range(length)) + "?"
+    return (
+        str(digits[0])
+        + "".join(f"{LABELS[i]}{operators[i]}{digits[i + 1]}" for i in range(length))
+        + "?"
+    )
 
 
 def chain_problems(config, seed: int) -> tuple[list[Problem], list[Problem]]:

@@ -1,4 +1,5 @@
-"""Published datasets and your own files: one function a dataset, from a row as published to a Problem.
+"""Published datasets and your own files: one function a dataset, from a row as published to a
+Problem.
 
 Training sources and benchmarks share them.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.errors import BadInput, optional
-from infra.processes import say
+from infra.processes import print0
 from rewards.answers import last_box
 from tasks.problem import Problem, split_problems
 
@@ -35,7 +36,11 @@ def gsm8k_row(row: dict) -> Problem:
 def aimo_row(row: dict) -> Problem:
     """AI-MO/aimo-validation-aime and -amc, whose answers are text ("025") and floats (142.0)."""
     answer = float(row["answer"])
-    return Problem(row.get("question") or row["problem"], str(int(answer) if answer.is_integer() else answer), "number")
+    return Problem(
+        row.get("question") or row["problem"],
+        str(int(answer) if answer.is_integer() else answer),
+        "number",
+    )
 
 
 def aime24_row(row: dict) -> Problem | None:
@@ -60,7 +65,9 @@ def olympiadbench_row(row: dict) -> Problem:
         "tolerance": float(row["error"]) if row["error"] else None,
         "unit": row["unit"],
     }
-    return Problem("\n\n".join(filter(None, (row.get("context"), row["question"]))), reference, "math")
+    return Problem(
+        "\n\n".join(filter(None, (row.get("context"), row["question"]))), reference, "math"
+    )
 
 
 def eurus_row(row: dict) -> Problem:
@@ -69,8 +76,11 @@ def eurus_row(row: dict) -> Problem:
     if user["role"] != "user" or [turn["role"] for turn in system] not in ([], ["system"]):
         raise ValueError("its prompt is not one user's turn after at most one system's turn")
     truth, code = row["reward_model"]["ground_truth"], {"math": False, "code": True}[row["ability"]]
-    told = sys.intern(system[0]["content"]) if system else ""  # the same text in every row: keep it once
-    return Problem(user["content"], json.loads(truth) if code else truth, "code" if code else "math", told)
+    # The same text in every row: keep it once
+    told = sys.intern(system[0]["content"]) if system else ""
+    return Problem(
+        user["content"], json.loads(truth) if code else truth, "code" if code else "math", told
+    )
 
 
 def eurus_math_row(row: dict) -> Problem | None:
@@ -79,18 +89,31 @@ def eurus_math_row(row: dict) -> Problem | None:
 
 def humaneval_row(row: dict) -> Problem:
     """openai/human-eval: the response repeats the function and completes it."""
-    tests = {"script": f"{row['test']}\ncheck({row['entry_point']})\n", "entry_point": row["entry_point"]}
+    tests = {
+        "script": f"{row['test']}\ncheck({row['entry_point']})\n",
+        "entry_point": row["entry_point"],
+    }
     question = f"Complete this function:\n\n```python\n{row['prompt']}```"
     return Problem(question, tests | {"prelude": row["prompt"]}, "code")
 
 
-LEETCODE_IMPORTS = "import bisect, functools, heapq, itertools, math\nfrom collections import *\nfrom typing import *\n"
+LEETCODE_IMPORTS = """\
+import bisect, functools, heapq, itertools, math
+from collections import *
+from typing import *
+"""
 
 
 def leetcode_row(row: dict) -> Problem:
-    """DeepSeek-Coder's LeetCode set; what stands between statement and solution (list nodes) is there for both."""
+    """DeepSeek-Coder's LeetCode set; what stands between statement and solution (list nodes) is
+    there for both.
+    """
     helpers = row["prompt"].rpartition('"""')[2].partition("class Solution")[0]
-    tests = {"script": row["test"], "entry_point": "Solution", "prelude": LEETCODE_IMPORTS + helpers}
+    tests = {
+        "script": row["test"],
+        "entry_point": "Solution",
+        "prelude": LEETCODE_IMPORTS + helpers,
+    }
     return Problem(row["prompt_sft"], tests, "code")
 
 
@@ -100,14 +123,23 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def livecodebench_row(row: dict) -> Problem:
-    """livecodebench/code_generation_lite: public and hidden tests, the latter packed (read without any class)."""
-    hidden, metadata = row.get("private_test_cases") or "[]", json.loads(row.get("metadata") or "{}")
+    """livecodebench/code_generation_lite: public and hidden tests, the latter packed (read
+    without any class).
+    """
+    hidden, metadata = (
+        row.get("private_test_cases") or "[]",
+        json.loads(row.get("metadata") or "{}"),
+    )
     if not hidden.lstrip().startswith("["):
         hidden = _PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(hidden)))).load()
     tests = {"tests": json.loads(row["public_test_cases"]) + json.loads(hidden)}
     if metadata.get("func_name"):
         tests["fn_name"] = metadata["func_name"]
-    start = f"\n\nBegin with:\n\n```python\n{row['starter_code']}\n```" if row.get("starter_code") else ""
+    start = (
+        f"\n\nBegin with:\n\n```python\n{row['starter_code']}\n```"
+        if row.get("starter_code")
+        else ""
+    )
     return Problem(row["question_content"] + start, tests, "code")
 
 
@@ -129,7 +161,9 @@ ROWS = {  # shape of a dataset -> (row as published) -> Problem; None: a row tha
 
 
 def rows_of(path: str) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a .jsonl, .json or .parquet file, or of NAME[:CONFIG][@SPLIT] on the Hub (split: train)."""
+    """(place, row) of a .jsonl, .json or .parquet file, or of NAME[:CONFIG][@SPLIT] on the Hub
+    (split: train).
+    """
     place, suffix = path, Path(path).suffix
     try:
         if suffix == ".jsonl" or path.endswith(".jsonl.gz"):
@@ -146,7 +180,9 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
             except json.JSONDecodeError:  # a line each, in spite of the name
                 rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             if isinstance(rows, dict):  # columns, as pandas writes them: {name: {row: value}}
-                rows = [{name: rows[name][key] for name in rows} for key in next(iter(rows.values()))]
+                rows = [
+                    {name: rows[name][key] for name in rows} for key in next(iter(rows.values()))
+                ]
         elif suffix == ".parquet":
             batches = optional("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches()
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -162,15 +198,26 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
                 raise ValueError(error) from error
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+    ) as error:
         raise BadInput(
-            f"data: cannot read {place} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); it must be a "
+            f"data: cannot read {place} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); it must be a "
             ".jsonl, .json or .parquet file, or NAME[:CONFIG][@SPLIT] of a dataset on the Hub"
         ) from error
 
 
 def read_problems(shape: str, path: str) -> list[Problem]:
-    """All problems of a dataset whose rows have this shape, in its order. Raises BadInput on a row that has another."""
+    """All problems of a dataset whose rows have this shape, in its order. Raises BadInput on a
+    row that has another.
+    """
     problems, others = [], 0
     for place, row in rows_of(path):
         try:
@@ -179,12 +226,21 @@ def read_problems(shape: str, path: str) -> list[Problem]:
                 raise ValueError("its prompt is no text")
             if problem and problem.reference in (None, ""):
                 raise ValueError("its reference is empty")
-        except (KeyError, TypeError, ValueError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            zlib.error,
+            pickle.UnpicklingError,
+        ) as error:
             why = f"{type(error).__name__}: {error}"
-            raise BadInput(f"data: {place} is no {shape!r} row ({why}): mend it, or choose another source") from error
+            raise BadInput(
+                f"data: {place} is no {shape!r} row ({why}): mend it, or choose another source"
+            ) from error
         problems.append(problem) if problem else (others := others + 1)
     if others:
-        say(f"data: {others} of {others + len(problems)} rows of {path} are not of {shape!r}")
+        print0(f"data: {others} of {others + len(problems)} rows of {path} are not of {shape!r}")
     if not problems:
         raise BadInput(f"data: {path} has no {shape!r} rows")
     return problems

@@ -1,4 +1,6 @@
-"""The print task: write a program that prints 3+5*2, the smallest task whose reward is to run what the model wrote."""
+"""The print task: write a program that prints 3+5*2, the smallest task whose reward is to run
+what the model wrote.
+"""
 
 import math
 import re
@@ -23,7 +25,9 @@ def print_solution(prompt: str, noise: np.random.Generator | None = None) -> str
 
 
 def print_problems(config, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Write a program that prints 3+5*2: the smallest task whose reward is to run what the model wrote."""
+    """Write a program that prints 3+5*2: the smallest task whose reward is to run what the model
+    wrote.
+    """
 
     def draw(random: np.random.Generator) -> Problem:
         chain = chain_prompt(random, config.min_steps, config.max_steps)

@@ -1,11 +1,13 @@
-"""A problem, and how problems are divided into those to train on and those held out: always by a hash of the prompt."""
+"""A problem, and how problems are divided into those to train on and those held out: always by a
+hash of the prompt.
+"""
 
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import BadInput
-from infra.rng import Draw, random_for
+from infra.rng import Draw, rng_for
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,17 @@ class Problem:
     system: str = ""  # the system's turn in a chat
 
 
-MADE = 20_000  # training problems that chain and reasoning_gym make unless data.train_size says otherwise
+# Training problems that chain and reasoning_gym make unless data.train_size says otherwise
+MADE = 20_000
 
 
 def made_problems(draw, config, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, held-out) problems made by `draw`. A hash of the prompt decides its split: the two are disjoint."""
+    """(train, held-out) problems made by `draw`. A hash of the prompt decides its split: the two
+    are disjoint.
+    """
     wanted = {False: config.train_size or MADE, True: config.held_out_size}
     found: dict[bool, dict[str, Problem]] = {False: {}, True: {}}
-    random = random_for(seed, Draw.PROBLEMS)
+    random = rng_for(seed, Draw.PROBLEMS)
     for _ in range(10 * (wanted[False] + 10 * wanted[True])):
         problem = draw(random)
         held_out = zlib.crc32(problem.prompt.encode()) % 10 == 0
@@ -32,24 +37,32 @@ def made_problems(draw, config, seed: int) -> tuple[list[Problem], list[Problem]
         if all(len(found[split]) == wanted[split] for split in wanted):
             return list(found[False].values()), list(found[True].values())
     raise BadInput(
-        f"data.train_size={wanted[False]}, data.held_out_size={wanted[True]}: there are not that many different "
-        f"{config.source} problems of {config.min_steps} to {config.max_steps} steps; ask for fewer, or for longer ones"
+        f"data.train_size={wanted[False]}, data.held_out_size={wanted[True]}: there are not that "
+        "many different "
+        f"{config.source} problems of {config.min_steps} to {config.max_steps} steps; ask for "
+        "fewer, or for longer ones"
     )
 
 
-def split_problems(problems: list[Problem], held_out: list[Problem], config) -> tuple[list[Problem], list[Problem]]:
+def split_problems(
+    problems: list[Problem], held_out: list[Problem], config
+) -> tuple[list[Problem], list[Problem]]:
     """(train, held-out) of the configured sizes, no question in both.
 
-    A hash of the question puts the problems in order; held-out ones come first where they are not given. So the split
-    depends neither on the seed nor on the order of a file, and a part of a sorted file is a fair sample of it.
+    A hash of the question puts the problems in order; held-out ones come first where they are not
+    given. So the split depends neither on the seed nor on the order of a file, and a part of a
+    sorted file is a fair sample of it.
     """
-    problems, held_out = (sorted(part, key=lambda p: zlib.crc32(p.prompt.encode())) for part in (problems, held_out))
+    problems, held_out = (
+        sorted(part, key=lambda p: zlib.crc32(p.prompt.encode())) for part in (problems, held_out)
+    )
     held_out = (held_out or problems)[: config.held_out_size]
     unseen = {problem.prompt for problem in held_out}
     train = [problem for problem in problems if problem.prompt not in unseen]
     if not train:
         raise BadInput(
-            f"data: none of {len(problems)} problems is left to train on beside those held out: lower "
+            f"data: none of {len(problems)} problems is left to train on beside those held out: "
+            "lower "
             f"data.held_out_size={config.held_out_size}, or set data.held_out_path"
         )
     return train[: config.train_size or None], held_out

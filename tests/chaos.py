@@ -80,10 +80,11 @@ def arm(spec: dict) -> None:
     `on` "file" counts file operations below `run_dir` whose path there begins with `part`. With `record`, a path, all
     of them are listed there instead, as [step, path, operation].
     """
-    import torch
-
     import sample
-    import train
+    import spro
+    import torch
+    from baselines import supervised
+    from infra import dumps, metrics, run_folder
     from infra.processes import rank
     from rewards import Grader
 
@@ -111,24 +112,24 @@ def arm(spec: dict) -> None:
         with file.open("a") as out:
             out.write('{"step": ')
 
-    wrap(train, "imitation_losses", "warm start")
+    wrap(supervised, "supervised_step", "warm start")
     wrap(sample.InverseCDF, "choose", "generate")
     wrap(Grader, "shaped_rewards", "reward")
     wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
-    wrap(train, "check_refused", "update")  # after an optimizer step
-    wrap(train, "dump_rollout", "samples", write_half)
-    wrap(train, "append_line", "metrics", write_half)
-    real_sample, real_loss = train.sample, train.policy_loss
+    wrap(metrics, "check_refused", "update")  # after an optimizer step
+    wrap(dumps, "dump_rollout", "samples", write_half)
+    wrap(run_folder, "append_line", "metrics", write_half)
+    real_sample, real_loss = sample.sample, spro.policy_loss
 
-    def step_begins(policy, tokenizer, prompts, keys, config):  # keys hold the place among all prompts of the run
+    def step_begins(policy, prompts, keys, config):  # keys hold the place among all prompts of the run
         now["step"] = keys[0][2] // len(keys) + 1
-        return real_sample(policy, tokenizer, prompts, keys, config)
+        return real_sample(policy, prompts, keys, config)
 
     def loss_with_hook(log_probs, *rest):
         log_probs.register_hook(lambda _: ACTIONS[spec["does"]]() if is_due("backward") else None)
         return real_loss(log_probs, *rest)
 
-    train.sample, train.policy_loss = step_begins, loss_with_hook
+    sample.sample, spro.policy_loss = step_begins, loss_with_hook
 
     def on_event(event: str, args: tuple) -> None:
         if event not in FILE_EVENTS or not isinstance(args[0], str | os.PathLike):
@@ -159,7 +160,7 @@ def child(spec: dict | None, arguments: list[str]) -> None:
     if spec:
         arm(spec)
     sys.argv = [str(ROOT / "train.py"), *arguments]
-    command_line(train.main)
+    command_line(train.main, train.Config)
 
 
 # --- starting runs ------------------------------------------------------------------------------------------------

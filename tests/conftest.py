@@ -5,8 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import chaos
 import pytest
+
+import chaos
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 

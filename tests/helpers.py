@@ -2,17 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
+import train
 from infra.rng import Draw
-from model import ModelConfig, build, load
+from model import ModelConfig, Policy, build, load
 from rewards import Grader, Verdict
 from tasks.chain import chain_tokenizer
+from tasks.problem import Problem
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = range(4)  # of the chain tokenizer
 PROMPTS = [[BOS, 7], [BOS, 9, 24, 5, 14, 30, 22], [BOS, EOS, 8, EOS], [PAD, PAD, 30], [EOS], [BOS, 40, UNK]]
@@ -47,7 +49,8 @@ def hf_model(kind: str, **fields):
 
 
 def saved(model, folder, tokenizer=None):
-    model.save_pretrained(folder)
+    """A Policy, or a model of transformers, saved as the latter does it."""
+    (model.model if isinstance(model, Policy) else model).save_pretrained(folder)
     (tokenizer or chain_tokenizer()).save_pretrained(folder)
     return folder
 
@@ -56,7 +59,7 @@ def any_model(kind: str, folder, tokenizer=None):
     """gpt2 and opt have absolute positions and dropout, unlike what `build` makes."""
     if kind not in SIZES:
         return tiny_model(tokenizer, architecture=kind)
-    return load(saved(hf_model(kind, **SIZES[kind]), folder, tokenizer))[0]
+    return load(saved(hf_model(kind, **SIZES[kind]), folder, tokenizer))
 
 
 PUBLISHED = Path(os.environ.get("BENCHMARK_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")
@@ -127,8 +130,65 @@ def row_log_probs(rollout) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def slow_scores(model, prompt: list[int], response: list[int], temperature: float):
+def slow_log_probs(policy, prompt: list[int], response: list[int], temperature: float):
     """(log-prob of each response token, entropy at it): one plain forward of the one row, no padding, no chunks."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
     p = logits.double().softmax(-1)
     return p.log()[torch.arange(len(response)), response], -(p * p.log()).sum(-1)
+
+
+def verdicts_for(batch) -> tuple[Verdict, ...]:
+    """Right and wrong in turn: what the loop wants to see of a batch whose advantages are given."""
+    return tuple(Verdict(float(i % 2), "made up") for i in range(len(batch)))
+
+
+def one_update(policy, config, batch, advantages, reference=None, folder: Path | None = None):
+    """train.py's own loop, for one step on a given batch -> (every gradient before clipping, the row of metrics).
+
+    batch: with `log_probs` (the old ones) and, where the config asks for them, `ref_log_probs`. The stages before the
+    update give back what is given here; everything from the update on is train.py's. No weight moves.
+    """
+    scores = torch.tensor([verdict.score for verdict in verdicts_for(batch)])
+    problems = (Problem("?", "", "chain"),) * len(batch)
+    given = replace(batch, problems=problems, verdicts=verdicts_for(batch), rewards=scores)
+    given = replace(given, sampler_log_probs=batch.log_probs, group_size=config.sample.group_size)
+    found, rows = {}, []
+
+    def note_gradients(_, max_norm):
+        for name, parameter in policy.named_parameters():
+            gradient = parameter.grad
+            found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+        return 1.0
+
+    class Done(Exception):
+        pass
+
+    def note_row(_, row):
+        rows.append(row)
+        raise Done
+
+    def given_log_probs(model, learned, *_):
+        chosen = learned.ref_log_probs if model is reference else learned.log_probs
+        return chosen, torch.zeros_like(learned.log_probs)
+
+    replaced = [
+        (train, "sample_prompts", lambda *_: given),
+        (train, "grade_batch", lambda batch, *_: batch),
+        (train, "evaluate", lambda *_: {"eval/accuracy": 0.0}),
+        (train.model, "batch_log_probs", given_log_probs),
+        (train.model, "set_learning_rate", lambda *_: None),  # it stays 0
+        (train.baselines, "advantage", lambda name, learned, algo: advantages[: len(learned)]),
+        (train.baselines, "outcome_term", lambda *_: None),
+        (train.sharding, "clip_gradients", note_gradients),
+        (train.dumps, "dump_rollout", lambda *_: None),
+        (train.run_folder, "append_line", note_row),
+        (train.processes, "restart_watchdog", lambda *_: None),
+    ]
+    state = {"step": 0, "position": 0, "refused_in_a_row": 0, "before": {}, "best": {"eval/accuracy": 1.0}}
+    trained = {"policy": (policy, train.model.make_optimizer(policy, config.train))}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, stand_in in replaced:
+            patch.setattr(owner, name, stand_in)
+        with pytest.raises(Done):
+            train.train(config, Path(), trained, reference, None, None, None, state)
+    return found, rows[0]

@@ -7,17 +7,17 @@ import random
 import statistics
 import sys
 
-import chaos
-import pytest
-from helpers import jsonl, published, saved_chat_model
-from test_data import FILES
-
 import eval as eval_module
+import pytest
 import train
-from eval import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
 from infra.errors import BadInput
 from infra.processes import command_line
 from rewards import GRADERS
+from rewards.scores import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
+
+import chaos
+from helpers import jsonl, published, saved_chat_model
+from test_data import FILES
 
 ROWS = [{"prompt": f"How much is {i} + {i}?", "reference": str(2 * i), "grader": "odd_length"} for i in range(9)]
 TEXTS = [row["prompt"] for row in ROWS]

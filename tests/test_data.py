@@ -7,26 +7,26 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
-import chaos
-import pytest
-from helpers import BOS, CHATML, UNK, chat_tokenizer, jsonl, published
-from tokenizers import processors
-from transformers import AutoTokenizer
-
 import data
 import infra.config
 import infra.rng
+import pytest
 import tasks
 import tasks.chain
 import tasks.datasets
 import tasks.gym
 import train
-from data import DataConfig, encode_prompts, index_at, load_problems
+from data import DataConfig, encode_prompts, load_problems, prompt_index
 from infra.errors import BadInput
 from infra.rng import Draw
 from rewards import Grader, RewardConfig
 from tasks.chain import chain_solution, chain_tokenizer
 from tasks.problem import Problem
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+import chaos
+from helpers import BOS, CHATML, UNK, chat_tokenizer, jsonl, published
 
 SMALL = DataConfig(train_size=800, held_out_size=100)
 
@@ -65,13 +65,13 @@ def test_impossible_sizes_are_refused_by_name(field):
 
 
 def test_every_epoch_is_a_different_permutation_and_no_position_depends_on_what_was_asked_before():
-    in_order = [index_at(p, 50, 7) for p in range(200)]
+    in_order = [prompt_index(p, 50, 7) for p in range(200)]
     epochs = [in_order[i : i + 50] for i in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
-    assert [index_at(p, 50, 8) for p in range(50)] not in epochs
+    assert [prompt_index(p, 50, 8) for p in range(50)] not in epochs
     for position in random.Random(0).sample(range(200), 200):
         data._permutation.cache_clear()
-        assert index_at(position, 50, 7) == in_order[position]
+        assert prompt_index(position, 50, 7) == in_order[position]
 
 
 def test_references_and_clean_solutions_are_what_the_description_says():
@@ -95,7 +95,7 @@ def test_noisy_demonstrations_err_and_repeat_at_their_rates_and_carry_errors_on(
     errors, repeats = {False: Counter(), True: Counter()}, Counter()
     config = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4)
     for i, prompt in enumerate(problem.prompt for problem in load_problems(config, 0)[0]):
-        text, value = chain_solution(prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i)), int(prompt[0])
+        text, value = chain_solution(prompt, infra.rng.rng_for(0, Draw.DEMONSTRATE, i)), int(prompt[0])
         repeats[text.count("(")] += 1
         for label, operator, digit in steps_of(prompt):
             start = f"{label}{value}{operator}{digit}="
@@ -118,7 +118,7 @@ def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
     config, right = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4, repeat_slip=0.5), Counter()
     for i, problem in enumerate(load_problems(config, 0)[0]):
         if "*" not in problem.prompt:  # no misconception
-            text = tasks.demonstrator(config)(problem.prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i))
+            text = tasks.demonstrator(config)(problem.prompt, infra.rng.rng_for(0, Draw.DEMONSTRATE, i))
             lines = re.findall(r"[a-z](\d)([-+])(\d)=(\d);", text.replace(")", ""))
             for value, operator, digit, result in lines:
                 right["(" in text, apply(int(value), operator, int(digit)) == int(result)] += 1
@@ -135,7 +135,7 @@ def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
 def test_text_survives_the_tokenizer_and_the_tokenizer_survives_saving(tmp_path):
     tokenizer = chain_tokenizer()
     for i, problem in enumerate(load_problems(SMALL, 0)[0][:200]):
-        text = chain_solution(problem.prompt, infra.rng.random_for(0, Draw.DEMONSTRATE, i))
+        text = chain_solution(problem.prompt, infra.rng.rng_for(0, Draw.DEMONSTRATE, i))
         ids, prompt = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(problem.prompt).input_ids
         assert len(ids) == len(text) and UNK not in ids and tokenizer.decode(ids) == text
         assert prompt[0] == BOS and tokenizer.decode(prompt, skip_special_tokens=True) == problem.prompt
@@ -351,12 +351,12 @@ def test_a_file_of_held_out_questions_is_used_and_kept_out_of_training(tmp_path)
 def test_the_prompt_goes_around_the_question_whatever_braces_either_has(tmp_path):
     rows = [{"question": r"What is {question} in \{x\}? {}", "answer": "#### 1"}] * 2
     config = DataConfig("gsm8k", jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows[:1]))
-    ((problem,),) = [data.dressed(tasks.datasets.read_problems("gsm8k", config.held_out_path), config)]
+    ((problem,),) = [data.apply_prompt(tasks.datasets.read_problems("gsm8k", config.held_out_path), config)]
     assert problem.prompt.startswith(rows[0]["question"]) and problem.prompt.endswith(r"within \boxed{}.")
     own = replace(config, prompt=r"\boxed{} {question} {", system_prompt="Be brief.")
-    (problem,) = data.dressed([Problem("Q?", "1", "number", "Be long.")], own)
+    (problem,) = data.apply_prompt([Problem("Q?", "1", "number", "Be long.")], own)
     assert (problem.prompt, problem.system) == (r"\boxed{} Q? {", "Be brief.")
-    (problem,) = data.dressed([Problem("Q?", "1", "math", "As the row says.")], replace(config, source="eurus"))
+    (problem,) = data.apply_prompt([Problem("Q?", "1", "math", "As the row says.")], replace(config, source="eurus"))
     assert (problem.prompt, problem.system) == ("Q?", "As the row says.")  # which asks for its box itself
 
 
@@ -459,7 +459,7 @@ def test_every_config_is_one_that_training_takes(path):
 def test_twin_configs_differ_in_the_estimator_alone(name):
     files = [str(CONFIGS / f"{kind}_{name}.yaml") for kind in ("spro", "grpo")]
     configs = [infra.config.read_config(train.Config, [file], None) for file in files]
-    spro, grpo = (infra.config.flat(infra.config.plain(config)) for config in configs)
+    spro, grpo = (infra.config.flat(infra.config.to_dict(config)) for config in configs)
     differing = {key for key in spro if spro[key] != grpo[key]}
     assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
     assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")

@@ -1,21 +1,24 @@
 """Intervals, held-out accuracy and a step's metrics, against the textbook and slow loops."""
 
+import dataclasses
 import math
 import random
 import statistics
 
+import eval as eval_module
 import pytest
 import torch
-from helpers import PROMPTS, keys, tiny_model
-
-import eval as eval_module
 from data import DataConfig, encode_prompts, load_problems
-from eval import evaluate, wilson_interval
+from eval import evaluate
 from infra.errors import RunStopped
 from infra.metrics import sampling_metrics, token_metrics
 from rewards import GRADERS, Grader, RewardConfig
-from sample import Rollout, SampleConfig, sample
+from rewards.scores import wilson_interval
+from sample import SampleConfig, sample
+from spro import Batch
 from tasks.chain import chain_solution, chain_tokenizer
+
+from helpers import PROMPTS, keys, tiny_model
 
 CONFIG = SampleConfig(max_new_tokens=9, temperature=0.8)
 TOKENIZER = chain_tokenizer()
@@ -29,7 +32,7 @@ def held_out():
 @pytest.fixture(scope="module")
 def rollout():
     """3 groups of 4."""
-    return sample(tiny_model(), TOKENIZER, PROMPTS[:3], keys(3), SampleConfig(group_size=4, max_new_tokens=30))
+    return sample(tiny_model(), PROMPTS[:3], keys(3), SampleConfig(group_size=4, max_new_tokens=30))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 256, 1023, 5000])
@@ -52,7 +55,7 @@ def test_the_interval_covers_the_truth_at_about_its_rate(p):
 
 def test_evaluating_twice_gives_identical_metrics_and_another_seed_or_model_others(held_out):
     first, again, *others = (
-        evaluate(tiny_model(seed=weights), TOKENIZER, *held_out, CONFIG, Grader(), seed)
+        evaluate(tiny_model(seed=weights), *held_out, CONFIG, Grader(), seed)
         for weights, seed in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert first == again and 1 <= first["eval/response_length"] <= 9 and first["eval/n"] == 30
@@ -65,13 +68,13 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
     sampled = ["fault", "fault", *("#" if i % 3 == 0 else right[i] for i in range(2, 30))]
     asked, chain = [], GRADERS["chain"]
 
-    def answers(model, tokenizer, prompts, keys, config, group_size, temperature):
+    def answers(policy, prompts, keys, config, group_size, temperature):
         asked.append((len(set(keys)), {key[0] for key in keys}, group_size, temperature))
-        return Rollout.of_texts(prompts, (sampled if temperature else right)[: len(prompts)], tokenizer)
+        return Batch.from_texts(prompts, (sampled if temperature else right)[: len(prompts)], TOKENIZER)
 
     monkeypatch.setitem(GRADERS, "crash", lambda text, reference: chain(text, 1 / 0 if text == "fault" else reference))
     monkeypatch.setattr(eval_module, "sample", answers)
-    metrics = evaluate(None, TOKENIZER, problems, prompts, CONFIG, Grader(RewardConfig(grader="crash")), 5)
+    metrics = evaluate(None, problems, prompts, CONFIG, Grader(RewardConfig(grader="crash")), 5)
     assert metrics == {
         "eval/accuracy": pytest.approx((28 - 9) / 28),
         "eval/accuracy_greedy": 1.0,
@@ -80,7 +83,7 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
     }
     assert asked == [(30, {5}, 1, 0.8), (30, {5}, 1, 0.0)]
     with pytest.raises(RunStopped, match="ZeroDivisionError"):  # no verdict at all is no accuracy of 0
-        evaluate(None, TOKENIZER, problems[:2], prompts[:2], CONFIG, Grader(RewardConfig(grader="crash")), 5)
+        evaluate(None, problems[:2], prompts[:2], CONFIG, Grader(RewardConfig(grader="crash")), 5)
 
 
 def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout):
@@ -89,7 +92,8 @@ def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout
     scored = [x for group in groups for x in group if not math.isnan(x)]
     lengths = [sum(row) for row in rollout.mask.int().tolist()]
     assert len(set(lengths)) > 2
-    assert sampling_metrics(rollout, *[torch.tensor(groups).flatten()] * 2, kept, 4) == {
+    scores = torch.tensor(groups).flatten()
+    assert sampling_metrics(dataclasses.replace(rollout, rewards=scores), scores, kept) == {
         "reward/faults": 2,
         "reward/mean": pytest.approx(statistics.mean(scored)),
         "reward/std": pytest.approx(statistics.stdev(scored)),
@@ -103,17 +107,19 @@ def test_sampling_metrics_count_by_hand_and_a_missing_verdict_is_a_fault(rollout
 
 
 def test_metrics_that_do_not_exist_are_absent(rollout):
-    metrics = sampling_metrics(rollout, *[torch.full((12,), math.nan)] * 2, torch.zeros(3).bool(), 4)
+    nothing = torch.full((12,), math.nan)
+    metrics = sampling_metrics(dataclasses.replace(rollout, rewards=nothing), nothing, torch.zeros(3).bool())
     assert metrics["reward/faults"] == 12 and "reward/mean" not in metrics and "reward/std" not in metrics
-    nothing = torch.zeros(0, rollout.mask.shape[1])
-    assert token_metrics(rollout.at(torch.arange(0, 0)), *[nothing] * 5, has_reference=True) == {}
+    assert token_metrics(rollout.select(torch.arange(0, 0)), torch.zeros(0, rollout.mask.shape[1])) == {}
 
 
 @pytest.mark.parametrize("has_reference", [True, False])
 def test_token_metrics_are_means_over_real_tokens_alone(rollout, has_reference):
     values = torch.randn(5, *rollout.mask.shape, generator=torch.Generator().manual_seed(0))
     values[:, ~rollout.mask] = math.nan  # what stands in the padding must not count, not even times 0
-    metrics = token_metrics(rollout, *values, has_reference)
+    log_probs, ref, entropy, outcome, advantages = values
+    batch = dataclasses.replace(rollout, log_probs=log_probs, entropy=entropy, advantages=advantages)
+    metrics = token_metrics(dataclasses.replace(batch, ref_log_probs=ref) if has_reference else batch, outcome)
     places, columns = rollout.mask.nonzero().tolist(), (*values, rollout.sampler_log_probs)
     log_probs, ref, entropy, outcome, advantages, sampler = ([x[i, t].item() for i, t in places] for x in columns)
     expected = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 import rewards.answers
 import rewards.worker
 from rewards import Grader, RewardConfig, Verdict, grade_boxed
@@ -635,7 +634,7 @@ def test_shaped_rewards_add_bonuses_and_the_soft_overlong_penalty():
         ({"bonus": {"box": 0.1}}, "bonus='box' is not known"),
         ({"bonus": {"boxed": "much"}}, "the weight of boxed must be a number"),
         ({"bonus": {"boxed": math.inf}}, "the weight of boxed must be a number"),
-        ({"overlong_buffer": -1}, "must not be negative"),
+        ({"overlong_buffer": -1}, "must be at least 0"),
     ],
 )
 def test_reward_settings_that_make_no_sense_are_refused(settings, words):

@@ -9,15 +9,15 @@ import shutil
 import subprocess
 import sys
 
-import chaos
 import pytest
 import yaml
+from infra.errors import BadInput
+from tokenizers import pre_tokenizers
+from tools import inspector
+
+import chaos
 from browser import Browser
 from conftest import finished
-from tokenizers import pre_tokenizers
-
-from infra.errors import BadInput
-from tools import inspector
 
 BETA, G = 0.1, 3
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\x1b]0;hit\x07\u202e"
@@ -26,7 +26,7 @@ VIEWS = ["advantage", "outcome", "msa", "cpr", "log_ratio"]
 
 def terms(siblings: list[dict]) -> list[dict[str, list[float]]]:
     """Eq. 11 to 13 for one group in plain Python, from nothing but log-probs and rewards."""
-    rewards = [line.get("shaped_reward", line["reward"]) for line in siblings]
+    rewards = [line["reward"] for line in siblings]
     mean = sum(rewards) / G
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (G - 1))
     ratios = [[p - q for p, q in zip(s["log_prob"], s["ref_log_prob"], strict=True)] for s in siblings]
@@ -47,8 +47,8 @@ def rollout() -> list[dict]:
     for group, rewards in enumerate([[1, 1, 1], [0.5, 0.5, 0.5], [1, 0.8, 0.9], [0, 1, 0.3]]):
         for reward in rewards:
             pieces = [draw.choice(["Ġa", "b", "Ċ", "=", HOSTILE]) for _ in range(draw.randint(3, 9))]
-            line = {"prompt": f"q{group} {HOSTILE}", "reference": HOSTILE, "text": "", "reward": reward}
-            line |= {"reason": HOSTILE, "truncated": group == 1, "group": group, "piece": pieces}
+            line = {"prompt": f"q{group} {HOSTILE}", "reference": HOSTILE, "text": "", "verdict": reward}
+            line |= {"reward": reward, "reason": HOSTILE, "truncated": group == 1, "group": group, "piece": pieces}
             if group:
                 numbers = {name: [-draw.expovariate(1) for _ in pieces] for name in ("log_prob", "ref_log_prob")}
                 line |= numbers | {"entropy": [draw.random() for _ in pieces]}
@@ -60,6 +60,10 @@ def rollout() -> list[dict]:
 
 
 LINES = rollout()
+
+
+def without(line: dict, key: str) -> dict:
+    return {name: value for name, value in line.items() if name != key}
 
 
 def run_of(folder, lines=LINES, step=3, **algorithm):
@@ -154,13 +158,13 @@ def test_advantages_that_do_not_come_out_as_dumped_are_said_to(change, tmp_path,
 def test_rewards_shaped_for_training_are_those_compared_and_shown(tmp_path):
     lines = copy.deepcopy(LINES)
     for line in lines[9:]:
-        line["shaped_reward"] = line["reward"] - 0.25 * line["reward"] ** 2
+        line["reward"] = line["verdict"] - 0.25 * line["verdict"] ** 2
     for line, values in zip(lines[9:], terms(lines[9:]), strict=True):
         line["advantage"] = values["advantage"]
     page = page_of(run_of(tmp_path / "shaped", lines))
     assert page["check"].startswith("✓") and "0.75 as shaped" in page["groups"][0]["responses"][1]["verdict"]
-    lines = [{name: value for name, value in line.items() if name != "shaped_reward"} for line in lines]
-    assert page_of(run_of(tmp_path / "older", lines))["check"].startswith("⚠")
+    lines = [line | {"reward": line["verdict"]} for line in lines]
+    assert page_of(run_of(tmp_path / "unshaped", lines))["check"].startswith("⚠")
 
 
 def test_a_run_without_reference_has_no_step_term_to_show(tmp_path, capsys):
@@ -209,6 +213,11 @@ CASES = {
     "a list is short": (lambda f: broken(f, SHORT + "\n"), [], "line 5 is broken: its lists .* differ in length"),
     "half a group": (lambda f: run_of(f, LINES[:-1]), [], "group 3 is not 3 whole responses"),
     "no reward": (lambda f: broken(f, json.dumps(LINES[4] | {"reward": None}) + "\n"), [], "its reward is no number"),
+    "of the first house": (
+        lambda f: broken(f, json.dumps(without(LINES[4], "verdict")) + "\n"),
+        [],
+        "has no 'verdict'",
+    ),
     "empty": (lambda f: run_of(f, []), [], "is empty"),
     "no folder for it": (run_of, ["--html", "/nowhere/page.html"], "/nowhere/page.html cannot be written"),
 }

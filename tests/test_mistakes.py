@@ -9,23 +9,25 @@ import sys
 import time
 from pathlib import Path
 
-import chaos
-import pytest
-import torch
-from conftest import TINY, started
-from helpers import jsonl, saved, tiny_model
-
 import eval as eval_script
 import infra.config
 import infra.errors
 import infra.processes
 import infra.run_folder
+import pytest
 import sample as sample_script
+import torch
 import train
+import yaml
+from baselines import supervised
 from infra import preflight
 from model import save
 from tasks.chain import chain_tokenizer
 from tools import sweep
+
+import chaos
+from conftest import TINY, started
+from helpers import jsonl, saved, tiny_model
 
 COMMANDS = {"train": "train.py", "sample": "sample.py", "eval": "eval.py", "sweep": "tools/sweep.py"}
 SCRIPTS = {"train": train, "sample": sample_script, "eval": eval_script, "sweep": sweep}
@@ -34,10 +36,12 @@ BENCHMARK = "{model} --benchmark file --data {rows}.jsonl --max-new-tokens 8"
 
 def run_folder(folder: Path, **changes) -> Path:
     """A run folder as train.py leaves it, without the training; `changes` go into the saved block `model`."""
-    config = infra.config.plain(infra.config.read_config(train.Config, [*TINY, f"run_dir={folder}"], None))
-    config["model"] |= changes
-    infra.run_folder.open_run_folder(config)
-    save(tiny_model(), chain_tokenizer(), folder / "model")
+    infra.run_folder.open_run_folder(infra.config.read_config(train.Config, [*TINY, f"run_dir={folder}"], None))
+    if changes:
+        saved_config = yaml.safe_load((folder / "config.yaml").read_text())
+        saved_config["model"] |= changes
+        (folder / "config.yaml").write_text(yaml.safe_dump(saved_config))
+    save(tiny_model(), folder / "model")
     return folder
 
 
@@ -68,12 +72,13 @@ def words_of(places, monkeypatch, capsys):
     def ended(script: str, arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *(word.format(**places) for word in arguments.split())])
         with pytest.raises(SystemExit) as end:
-            infra.processes.command_line(SCRIPTS[script].main)
+            infra.processes.command_line(SCRIPTS[script].main, train.Config)
         words = capsys.readouterr().err
         assert words.startswith(("error: ", "stopped: ")) and words.count("\n") == 1, words
         return end.value.code, words
 
-    monkeypatch.setattr(train, "watch", lambda _: None)  # it writes to the real stderr
+    for module in (infra.processes, supervised):  # it writes to the real stderr
+        monkeypatch.setattr(module, "restart_watchdog", lambda _: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield ended
     for number, handler in handlers.items():
@@ -181,11 +186,11 @@ def no_memory(*_, **__):
     "stage, owner, name, knob",
     [
         ("load", torch.nn.Module, "to", "model.offload_reference=true"),
-        ("warm_start", train, "imitation_losses", "train.micro_batch_tokens"),
+        ("warm_start", supervised, "supervised_step", "train.micro_batch_tokens"),
         ("evaluate", eval_script, "sample", "sample.batch_tokens"),
-        ("sample", train, "sample", "sample.batch_tokens"),
-        ("log_probs", train.model, "rollout_log_probs", "train.micro_batch_tokens"),
-        ("update", train, "policy_losses", "model.gradient_checkpointing=true"),
+        ("sample", sample_script, "sample", "sample.batch_tokens"),
+        ("log_probs", train.model, "batch_log_probs", "train.micro_batch_tokens"),
+        ("update", train.spro, "policy_loss", "model.gradient_checkpointing=true"),
     ],
 )
 def test_out_of_memory_names_the_stage_and_the_knobs_which_may_then_be_turned(
@@ -201,7 +206,7 @@ def test_out_of_memory_names_the_stage_and_the_knobs_which_may_then_be_turned(
     lower = ["sample.batch_tokens=99", "train.micro_batch_tokens=32", "model.gradient_checkpointing=true"]
     again = [word.format(**places) for word in f"{command} resume=true".split(" ")]
     config = infra.config.read_config(train.Config, [*again, *lower, "model.offload_reference=true"], None)
-    assert infra.run_folder.open_run_folder(infra.config.plain(config)) == tmp_path / "run"
+    assert infra.run_folder.open_run_folder(config) == tmp_path / "run"
 
 
 def test_out_of_memory_in_a_script_is_one_line(words_of, monkeypatch):
@@ -232,7 +237,7 @@ def test_a_folder_that_becomes_read_only_ends_a_run_with_one_line(words_of, tmp_
     def refuse(file, _):
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(train, "append_line", refuse)
+    monkeypatch.setattr(infra.run_folder, "append_line", refuse)
     code, said = words_of("train", f"{' '.join(TINY)} model.path={{model}} run_dir={tmp_path / 'run'}")
     assert (
         code == infra.errors.EXIT_FAILED
@@ -292,11 +297,8 @@ def opens(folder: Path) -> None:
     """Try to work in a run folder for a second."""
     infra.run_folder.LOCK_TRIES = 1
     try:
-        infra.run_folder.open_run_folder(
-            infra.config.plain(
-                infra.config.read_config(train.Config, [*TINY, f"run_dir={folder}", "resume=true"], None)
-            )
-        )
+        arguments = [*TINY, f"run_dir={folder}", "resume=true"]
+        infra.run_folder.open_run_folder(infra.config.read_config(train.Config, arguments, None))
         print("mine")
         time.sleep(1)
     except infra.errors.BadInput as error:
@@ -328,7 +330,7 @@ def test_a_run_that_still_runs_is_left_alone_until_it_is_dead(flag, words_of, tm
     assert sorted(folder.rglob("*")) == before
     chaos.kill(process)
     process.join()
-    config = infra.config.plain(infra.config.read_config(train.Config, command.split(" "), None))
+    config = infra.config.read_config(train.Config, command.split(" "), None)
     assert infra.run_folder.open_run_folder(config) == folder
 
 
@@ -337,7 +339,7 @@ def test_where_the_file_system_knows_no_locks_a_run_goes_without(tmp_path, monke
         raise OSError(os.strerror(95))
 
     monkeypatch.setattr(infra.run_folder.fcntl, "flock", unsupported)
-    infra.run_folder.hold(tmp_path / "lock", "this")
+    infra.run_folder.take_lock(tmp_path / "lock", "this")
     assert not infra.run_folder._locks
 
 

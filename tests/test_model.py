@@ -1,31 +1,31 @@
 """Token scores against plain forwards, row by row; and models that come from files, good and bad."""
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
 
+import model as model_module
 import pytest
 import torch
-from helpers import EOS, LLAMA, PROMPTS, any_model, hf_model, keys, rows_of, saved, slow_scores, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import model as model_module
+from data import micro_batch_rows
 from infra.errors import BadInput
+from infra.sharding import shard
 from model import (
     ModelConfig,
+    batch_log_probs,
     build,
-    frozen,
+    freeze,
     load,
-    micro_batches,
-    rollout_log_probs,
     save,
-    shard,
-    shares_prompts,
     token_log_probs,
 )
-from sample import Rollout, SampleConfig, sample
+from sample import SampleConfig, sample
+from spro import Batch
 from tasks.chain import chain_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import EOS, LLAMA, PROMPTS, any_model, hf_model, keys, rows_of, saved, slow_log_probs, tiny_model
 
 V = len(chain_tokenizer())
 SMALL = {"hidden_size": 32, "intermediate_size": 64}
@@ -35,166 +35,95 @@ kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
 
 @pytest.fixture(scope="module")
 def rollout():
-    return sample(tiny_model(), chain_tokenizer(), PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))
+    return sample(tiny_model(), PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))
 
 
-def score(model, rollout, temperature=1.0):
-    return token_log_probs(model, rollout.tokens, rollout.attention_mask, rollout.mask.shape[1], temperature)
+def log_probs_and_entropy(policy, batch, temperature=1.0):
+    return token_log_probs(policy, batch, temperature)[:2]
 
 
-def scores_and_gradients(model, rollout):
-    """The scores of the real tokens, and what a loss on them sends to every parameter."""
-    model.zero_grad()
-    log_probs, entropy = (x[rollout.mask] for x in score(model, rollout, 0.7))
+def values_and_gradients(policy, batch):
+    """Log-probs and entropy of the real tokens, and what a loss on them sends to every parameter."""
+    policy.zero_grad()
+    log_probs, entropy = (x[batch.mask] for x in log_probs_and_entropy(policy, batch, 0.7))
     (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
-    return [log_probs.detach(), entropy, *(p.grad.clone() for p in model.parameters())]
+    return [log_probs.detach(), entropy, *(p.grad.clone() for p in policy.parameters())]
 
 
+PATHS = [model_module.plain_log_probs_of_tokens] + (
+    [model_module.fast.log_probs_of_tokens] if model_module.fast else []
+)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @kinds
-def test_scores_are_those_of_a_plain_forward_of_each_row(kind, dtype, temperature, rollout, tmp_path):
-    model = any_model(kind, tmp_path).to(dtype)
-    scores = score(model, rollout, temperature)
-    assert scores[0].dtype == scores[1].dtype == dtype and not scores[1].requires_grad
+def test_log_probs_are_those_of_a_plain_forward_of_each_row(kind, dtype, temperature, path, rollout, tmp_path):
+    policy = any_model(kind, tmp_path).to(dtype)
+    inputs = (rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
+    values = path(policy, *inputs, temperature)[:2]
+    assert values[0].dtype == values[1].dtype == dtype and not values[1].requires_grad
     for i, (prompt, response, *_) in enumerate(rows_of(rollout)):
-        for x, expected in zip(scores, slow_scores(model, prompt, response, temperature), strict=True):
+        for x, expected in zip(values, slow_log_probs(policy, prompt, response, temperature), strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 1e-10
             torch.testing.assert_close(x[i, : len(response)].double(), expected, atol=tolerance, rtol=0)
+            assert not x[i, len(response) :].any()
 
 
-def is_logits(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.shape[-1:] == (V,) and x.shape != (32, V)  # not the head's weight
-
-
-class LargestLogits(TorchDispatchMode):
-    """Notes the most logits that any operation made at once, forward or backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if is_logits(x):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
-@pytest.mark.parametrize("rows", [1, 7, 50])
-def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, monkeypatch):
-    model = tiny_model().double()
-    whole = scores_and_gradients(model, rollout)
-    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", rows * V + 5)
-    kept = []  # for the backward pass, where no chunk may wait for the others
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
-        score(model, rollout)
-    assert kept and not any(is_logits(x) for x in kept)
-    with LargestLogits() as largest:
-        chunked = scores_and_gradients(model, rollout)
-    assert largest.elements == rows * V
-    torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 1000])
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
-def test_the_exact_kl_and_its_gradient_are_those_of_whole_logits_and_never_hold_them(
-    kind, rows, rollout, monkeypatch, tmp_path
-):
-    """gpt2 computes everything in double; qwen2's norms are fp32."""
-    policy, reference = any_model(kind, tmp_path / "a").double(), any_model(kind, tmp_path / "b").double()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    T, monkey = rollout.mask.shape[1], monkeypatch.setattr
-    monkey(model_module, "LOGITS_AT_ONCE", rows * V + 5)
-    weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0)).double() * rollout.mask
-
-    def gradient(log_probs, kl):
-        policy.zero_grad()
-        (weights[0] * log_probs + weights[1] * kl).sum().backward()
-        return [p.grad.clone() for p in policy.parameters()]
-
-    frozen(reference)
-    reference.divisible_cache = False  # another order of tokens than the policy's
-    batch = (rollout.tokens, rollout.attention_mask, T)
-    with LargestLogits() as largest:
-        log_probs, _, kl = token_log_probs(policy, *batch, 0.7, reference)
-        found = gradient(log_probs, kl)
-    assert largest.elements <= rows * V
-    assert all(x.equal(y) for x, y in zip((log_probs, _), token_log_probs(policy, *batch, 0.7), strict=True))
-    positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
-    p, q = (
-        m(rollout.tokens, attention_mask=rollout.attention_mask, position_ids=positions).logits[:, -T - 1 : -1] / 0.7
-        for m in (policy, reference)
-    )
-    p, q = p.log_softmax(2), q.log_softmax(2)
-    expected = torch.where(rollout.mask, (p.exp() * (p - q)).sum(2), 0.0)
-    whole = gradient(p.gather(2, rollout.tokens[:, -T:, None])[:, :, 0], expected)
-    tolerance = 1e-9 if kind == "gpt2" else 1e-4
-    assert expected.max() > 0.01 and not kl[~rollout.mask].any()
-    torch.testing.assert_close([kl, *found], [expected, *whole], atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+def test_the_exact_kl_is_the_sum_over_the_whole_vocabulary(path, rollout):
+    policy, reference = tiny_model().double(), tiny_model(seed=1).double()
+    inputs = (rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
+    states_of = model_module.plain_states_for_kl if path is PATHS[0] else model_module.fast.states_for_kl
+    kl = path(policy, *inputs, 0.7, states_of(reference, *inputs))[2]
+    for i, (prompt, response, *_) in enumerate(rows_of(rollout)):
+        ids = torch.tensor([prompt + response])
+        p, q = ((m.model(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1) for m in (policy, reference))
+        torch.testing.assert_close(kl[i, : len(response)], (p.exp() * (p - q)).sum(-1), atol=1e-6, rtol=1e-6)
+        assert not kl[i, len(response) :].any()
 
 
 @kinds
 def test_gradient_checkpointing_changes_nothing(kind, rollout, tmp_path):
-    model = any_model(kind, tmp_path)  # gpt2 and opt come with dropout, which must be off in every mode
-    whole = scores_and_gradients(model, rollout)
-    shard(model, ModelConfig(gradient_checkpointing=True), torch.device("cpu"))
-    torch.testing.assert_close(scores_and_gradients(model, rollout), whole, atol=1e-4, rtol=1e-4)
+    policy = any_model(kind, tmp_path)  # gpt2 and opt come with dropout, which must be off in every mode
+    whole = values_and_gradients(policy, rollout)
+    shard(policy, ModelConfig(gradient_checkpointing=True), torch.device("cpu"))
+    torch.testing.assert_close(values_and_gradients(policy, rollout), whole, atol=1e-4, rtol=1e-4)
 
 
 @kinds
 def test_what_stands_in_the_padding_changes_nothing(kind, rollout, tmp_path):
-    model, real = any_model(kind, tmp_path), rollout.attention_mask
+    policy, real = any_model(kind, tmp_path), rollout.attention_mask
     garbage = torch.randint(0, V, real.shape, generator=torch.Generator().manual_seed(0))
-    scores = token_log_probs(model, rollout.tokens.where(real, garbage), real, rollout.mask.shape[1], 1.0)
-    assert all(a[rollout.mask].equal(b[rollout.mask]) for a, b in zip(scores, score(model, rollout), strict=True))
+    dirty = dataclasses.replace(rollout, tokens=rollout.tokens.where(real, garbage))
+    values, expected = (log_probs_and_entropy(policy, batch) for batch in (dirty, rollout))
+    assert all(a[rollout.mask].equal(b[rollout.mask]) for a, b in zip(values, expected, strict=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 @kinds
-def test_a_whole_rollout_is_scored_alike_in_any_micro_batches_and_0_where_masked(kind, tokens, rollout, tmp_path):
-    model = any_model(kind, tmp_path)
-    plain, model.divisible_cache = model.divisible_cache, False
-    direct = score(model, rollout, 0.7)
-    model.divisible_cache = plain
-    for result, expected in zip(rollout_log_probs(model, rollout, 0.7, tokens), direct, strict=True):
+def test_a_whole_batch_has_the_same_log_probs_in_any_micro_batches_and_0_where_masked(
+    kind, tokens, rollout, tmp_path, monkeypatch
+):
+    policy = any_model(kind, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "fast", None)
+        direct = log_probs_and_entropy(policy, rollout, 0.7)
+    for result, expected in zip(batch_log_probs(policy, rollout, 0.7, tokens), direct, strict=True):
         torch.testing.assert_close(result, expected.detach().where(rollout.mask, 0), atol=1e-4, rtol=0)
 
 
-WINDOW = {"sliding_window": 5, "head_dim": 8}
-LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral", "gemma3_text"])
-def test_a_prompt_run_once_for_its_siblings_gives_the_scores_and_gradients_of_rows_in_full(kind, tmp_path):
-    windows = {"mistral": WINDOW, "gemma3_text": WINDOW | LAYERS}
-    if kind in windows:  # layers that forget what is further back than their window
-        model = load(saved(hf_model(kind, **LLAMA, **windows[kind]), tmp_path))[0]
-    else:
-        model = any_model(kind, tmp_path)
-    model, g = model.double(), torch.Generator().manual_seed(0)
-    texts = ["".join("0123456789+-"[i] for i in torch.randint(0, 12, (n,), generator=g)) for n in (0, 1, 3, 7, 12, 19)]
-    rollout = Rollout.of_texts([PROMPTS[i % 4] for i in (0, 1, 0, 2, 0, 1)], texts, chain_tokenizer())
-    assert shares_prompts(model)
-    shared = scores_and_gradients(model, rollout)
-    model.divisible_cache = False
-    # Llama-like models normalise in fp32 whatever their type; gpt2 and opt are double throughout.
-    tolerance = 1e-10 if kind in ("gpt2", "opt") else 1e-5
-    torch.testing.assert_close(shared, scores_and_gradients(model, rollout), atol=tolerance, rtol=tolerance)
-
-
-@built
-def test_rows_packed_into_one_without_padding_give_the_scores_and_gradients_of_rows_in_full(kind, rollout):
-    model = tiny_model(architecture=kind)
-    model.packs_rows = True  # as with a variable-length kernel on a GPU; sdpa masks the rows from each other instead
-    assert not shares_prompts(model)
-    sizes = []
-    model.base_model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
-    packed = scores_and_gradients(model, rollout)
-    assert sizes == [(1, rollout.attention_mask.sum())]
-    model.packs_rows = model.divisible_cache = False
-    torch.testing.assert_close(packed, scores_and_gradients(model, rollout), atol=1e-4, rtol=1e-4)
+@kinds
+def test_without_the_folder_fast_everything_works_and_gives_the_same_numbers(kind, rollout, tmp_path, monkeypatch):
+    policy = any_model(kind, tmp_path)
+    expected = values_and_gradients(policy, rollout), batch_log_probs(policy, rollout, 0.7, 60)
+    drawn = sample(policy, PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))
+    monkeypatch.setattr(model_module, "fast", None)
+    monkeypatch.setattr("sample.fast", None)
+    found = values_and_gradients(policy, rollout), batch_log_probs(policy, rollout, 0.7, 60)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert rows_of(sample(policy, PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))) == rows_of(drawn)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -204,8 +133,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, tokens, share):
     g = torch.Generator().manual_seed(n)
     texts = ["1" * int(length) for length in torch.randint(0, 30, (n,), generator=g)]
     prompts = [PROMPTS[int(i)] for i in torch.randint(0, 4, (n,), generator=g)]
-    rollout = Rollout.of_texts([*prompts, PROMPTS[1]], [*texts, "1"], chain_tokenizer()).at(torch.arange(0, n))
-    parts = [part.tolist() for part in micro_batches(rollout, tokens, share)]
+    rollout = Batch.from_texts([*prompts, PROMPTS[1]], [*texts, "1"], chain_tokenizer()).select(torch.arange(0, n))
+    prompt_of = [PROMPTS.index(prompt) for prompt in prompts] if share else None
+    parts = [part.tolist() for part in micro_batch_rows(rollout, tokens, prompt_of)]
     assert sorted(i for part in parts for i in part) == list(range(n))
     lengths = [len(text) + 1 for text in texts]
 
@@ -227,11 +157,11 @@ def test_building_depends_on_the_seed_alone_and_touches_no_global_generator(kind
     config, state = ModelConfig(scratch=SMALL | {"model_type": kind}), torch.random.get_rng_state()
     a, b, c = (build(config, chain_tokenizer(), seed) for seed in (5, 5, 6))
     assert torch.random.get_rng_state().equal(state)
-    assert a.config.model_type == kind and not a.training and a.dtype == torch.float32
-    assert a.get_output_embeddings().weight is a.get_input_embeddings().weight
+    assert a.config.model_type == kind and not a.model.training and a.model.dtype == torch.float32
+    assert a.model.get_output_embeddings().weight is a.model.get_input_embeddings().weight
     assert all(x.equal(y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not any(x.equal(y) for x, y in zip(a.parameters(), c.parameters(), strict=True) if x.ndim > 1)
-    assert not any(p.requires_grad for p in frozen(a).parameters())
+    assert not any(p.requires_grad for p in freeze(a).parameters())
 
 
 @pytest.mark.parametrize(
@@ -263,7 +193,7 @@ def test_only_stop_and_pad_ids_of_a_shipped_generation_config_take_effect(tmp_pa
     saved(tiny_model(), tmp_path)
     shipped = {"eos_token_id": [30, 7], "temperature": 0.5, "do_sample": True, "top_k": 3}
     (tmp_path / "generation_config.json").write_text(json.dumps(shipped))
-    settings = load(tmp_path)[0].generation_config
+    settings = load(tmp_path).model.generation_config
     assert settings.eos_token_id == [EOS, 7, 30]  # the tokenizer's too
     assert settings.temperature is settings.do_sample is settings.top_k is None
 
@@ -272,9 +202,9 @@ def test_only_stop_and_pad_ids_of_a_shipped_generation_config_take_effect(tmp_pa
 @built
 def test_a_saved_model_is_the_same_in_plain_transformers_and_here(kind, tied, tmp_path):
     tokens, original = torch.tensor([PROMPTS[1]]), hf_model(kind, **LLAMA, tie_word_embeddings=tied).eval()
-    save(*load(saved(original, tmp_path / "original")), tmp_path / "again")
-    save(*load(tmp_path / "again"), tmp_path / "again")  # over itself too
-    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), load(tmp_path / "again")[0]):
+    save(load(saved(original, tmp_path / "original")), tmp_path / "again")
+    save(load(tmp_path / "again"), tmp_path / "again")  # over itself too
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), load(tmp_path / "again").model):
         assert model(tokens).logits.equal(original(tokens).logits)
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
@@ -282,9 +212,9 @@ def test_a_saved_model_is_the_same_in_plain_transformers_and_here(kind, tied, tm
 @built
 def test_the_tokenizer_saved_with_a_model_is_the_one_that_is_loaded(kind, tmp_path):
     tokenizer, known = chain_tokenizer(), "3b+5c*7?b3+5=8;(b3+5=8)c8*7=6;#6"
-    save(tiny_model(architecture=kind), tokenizer, tmp_path / "model")
+    save(tiny_model(tokenizer, architecture=kind), tmp_path / "model")
     for text in (known, "3b+5 !\n"):  # the second has characters that the task has not
-        assert load(tmp_path / "model")[1](text).input_ids == tokenizer(text).input_ids
+        assert load(tmp_path / "model").tokenizer(text).input_ids == tokenizer(text).input_ids
     # AutoTokenizer makes a Qwen2Tokenizer of it beside a qwen2 model: the same for all that the task can say.
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(known).input_ids == tokenizer(known).input_ids
 

@@ -1,26 +1,27 @@
 """PRIME: its two advantages against loops in float64, the PRM against responses scored one by one, and whole runs."""
 
+import dataclasses
 import json
 import math
 import statistics
 
-import chaos
-import pytest
-import torch
-from conftest import finished, ran
-from helpers import PROMPTS, slow_scores, tiny_model
-from test_ranks import assert_alike
-from test_spro import BETA, G, assert_equal, estimate, make_batch, padded, ragged
-
 import infra.config
 import infra.errors
 import model
+import pytest
 import spro
+import torch
 import train
 from baselines import prime
-from infra.memory import memory_plan
-from sample import Rollout
+from infra.memory import Work, memory_plan
+from spro import Batch
 from tasks.chain import chain_tokenizer
+
+import chaos
+from conftest import finished, ran
+from helpers import PROMPTS, slow_log_probs, tiny_model
+from test_ranks import assert_alike
+from test_spro import BETA, G, assert_equal, estimate, make_batch, padded, ragged
 
 # --- the advantages -----------------------------------------------------------------------------------------------
 
@@ -70,15 +71,22 @@ def test_the_released_variant_matches_a_loop_in_the_released_codes_order(seed):
 
 
 LOG_RATIO = torch.tensor([[0.1, 0.3], [0.4, 9.0]], dtype=torch.float64)  # the second response has one token
-MASK, REWARDS = torch.tensor([[True, True], [True, False]]), torch.tensor([1.0, 0.0], dtype=torch.float64)
+SIBLINGS = spro.Batch(
+    rewards=torch.tensor([1.0, 0.0], dtype=torch.float64),
+    log_probs=LOG_RATIO.new_full((2, 2), math.nan),  # the policy's own are not asked
+    process_log_probs=LOG_RATIO,
+    ref_log_probs=0 * LOG_RATIO,
+    mask=torch.tensor([[True, True], [True, False]]),
+    group_size=2,
+)
 
 
 def test_prime_on_two_siblings_by_hand():
     """Means over tokens .2 and .4; each is compared with the other's: .1 - .4, .3 - .4 and .4 - .2."""
-    actual = spro.prime_advantage(REWARDS, LOG_RATIO, 0 * LOG_RATIO, MASK, 2, 1.0)
+    actual = prime.prime_advantage(SIBLINGS, spro.AlgorithmConfig(beta=1.0))
     expected = torch.tensor([[1 + (-0.3 - 0.1), 1 - 0.1], [-1 + 0.2, 0]], dtype=torch.float64)
     assert_equal(actual, expected)
-    halved = spro.prime_advantage(REWARDS, LOG_RATIO, 0 * LOG_RATIO, MASK, 2, 0.5)
+    halved = prime.prime_advantage(SIBLINGS, spro.AlgorithmConfig(beta=0.5))
     assert_equal(halved, torch.tensor([[1 - 0.2, 1 - 0.05], [-1 + 0.1, 0]], dtype=torch.float64))
 
 
@@ -88,7 +96,7 @@ def test_the_released_variant_on_two_siblings_by_hand():
     Leave-one-out as coded: 2 x - 1.5, so -1, 0 and .5; returns with the outcome's 1 and -1: 0, 1, -.5.
     Their mean is 1/6 and their unbiased variance (1/36 + 25/36 + 16/36) / 2 = 7/12.
     """
-    actual = spro.prime_released_advantage(REWARDS, LOG_RATIO, 0 * LOG_RATIO, MASK, 2, 0.05)
+    actual = prime.prime_released_advantage(SIBLINGS, spro.AlgorithmConfig(beta=0.05))
     expected = (torch.tensor([[0.0, 1.0], [-0.5, 1 / 6]], dtype=torch.float64) - 1 / 6) / math.sqrt(7 / 12)
     assert_equal(actual, expected, 1e-5)  # the 1e-6 beside the largest return
 
@@ -121,21 +129,22 @@ def config_of(update: str = "after", micro_batch_tokens: int = 1000, learning_ra
 
 
 @pytest.fixture(scope="module")
-def rollout() -> Rollout:
-    return Rollout.of_texts([PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, TEXTS, chain_tokenizer())
+def rollout() -> Batch:
+    batch = Batch.from_texts([PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, TEXTS, chain_tokenizer())
+    return dataclasses.replace(batch, group_size=4)
 
 
 @pytest.fixture(scope="module")
 def ref_log_probs(rollout) -> torch.Tensor:
-    return model.rollout_log_probs(tiny_model(seed=1), rollout, 1.0, 1000)[0]
+    return model.batch_log_probs(tiny_model(seed=1), rollout, 1.0, 1000)[0]
 
 
 def learned(rollout, ref_log_probs, config, prm=None, optimizer=None, parts=PARTS):
     """(PRM, log-probs, metrics) of one call on a PRM that starts as `tiny_model`."""
     prm = prm or tiny_model()
-    optimizer = optimizer or train.make_optimizer(prm, config.train)
-    given = (config, rollout, VERDICTS, ref_log_probs, parts)
-    return prm, *prime.score_and_learn(prm, optimizer, train.optimizer_step, *given)
+    optimizer = optimizer or model.make_optimizer(prm, config.train, config.prime.learning_rate)
+    batch = dataclasses.replace(rollout, ref_log_probs=ref_log_probs)
+    return prm, *prime.score_and_learn(prm, optimizer, config, batch, VERDICTS, parts)
 
 
 def log_probs_of(prm, rollout) -> torch.Tensor:
@@ -144,11 +153,11 @@ def log_probs_of(prm, rollout) -> torch.Tensor:
     for i, (ids, attended, mask) in enumerate(zip(rollout.tokens, rollout.attention_mask, rollout.mask, strict=True)):
         P, n = len(attended) - len(mask), int(mask.sum())
         prompt, response = ids[:P][attended[:P]].tolist(), ids[P : P + n].tolist()
-        found[i, :n] = slow_scores(prm, prompt, response, 1.0)[0]
+        found[i, :n] = slow_log_probs(prm, prompt, response, 1.0)[0]
     return found
 
 
-def slow_scores_of(log_probs, ref_log_probs, mask, beta=0.5) -> list[float]:
+def slow_sums_of(log_probs, ref_log_probs, mask, beta=0.5) -> list[float]:
     return [beta * math.fsum(row) for row in ragged(log_probs.double() - ref_log_probs.double(), mask)]
 
 
@@ -163,7 +172,7 @@ def test_the_prms_loss_is_the_cross_entropy_of_summed_log_ratios_against_soft_ve
 ):
     config, whole = config_of(micro_batch_tokens=micro_batch_tokens), [torch.arange(8)]
     start = log_probs_of(tiny_model(), rollout)
-    scores = slow_scores_of(start, ref_log_probs, rollout.mask)
+    scores = slow_sums_of(start, ref_log_probs, rollout.mask)
     _, _, metrics = learned(rollout, ref_log_probs, config, parts=whole)
     expected = statistics.fmean(map(cross_entropy, scores, VERDICTS.tolist()))
     assert metrics["prm/loss"] == pytest.approx(expected, rel=1e-4)
@@ -191,12 +200,12 @@ def test_before_scores_with_the_prm_that_has_taken_all_its_steps(rollout, ref_lo
 def test_a_prm_learns_which_responses_are_right(rollout, ref_log_probs):
     """Verdicts of 0 and 1 can be told apart, so the cross-entropy goes well below that of not knowing, ln 2."""
     prm, config, optimizer = tiny_model(), config_of(learning_rate=3e-3), None
-    optimizer = train.make_optimizer(prm, config.train)
+    optimizer = model.make_optimizer(prm, config.train, config.prime.learning_rate)
     right = VERDICTS.round()
-    start = model.rollout_log_probs(prm, rollout, 1.0, 1000)[0]
+    start = model.batch_log_probs(prm, rollout, 1.0, 1000)[0]
+    batch = dataclasses.replace(rollout, ref_log_probs=start)
     for _ in range(20):
-        given = (config, rollout, right, start, PARTS)
-        _, metrics = prime.score_and_learn(prm, optimizer, train.optimizer_step, *given)
+        _, metrics = prime.score_and_learn(prm, optimizer, config, batch, right, PARTS)
     assert metrics["prm/loss"] < 0.3 < math.log(2) and metrics["prm/ranking_accuracy"] == 1
 
 
@@ -212,10 +221,10 @@ def test_a_non_finite_gradient_leaves_the_prm_as_it_was_and_a_step_of_nothing_el
     broken = ref_log_probs.clone()
     broken[0, 0] = math.nan
     prm = tiny_model()
-    optimizer = train.make_optimizer(prm, config_of().train)
+    optimizer = model.make_optimizer(prm, config_of().train)
     with pytest.raises(infra.errors.RunStopped, match=r"lower prime\.learning_rate"):
-        whole = [torch.arange(8)]
-        prime.score_and_learn(prm, optimizer, train.optimizer_step, config_of(), rollout, VERDICTS, broken, whole)
+        batch = dataclasses.replace(rollout, ref_log_probs=broken)
+        prime.score_and_learn(prm, optimizer, config_of(), batch, VERDICTS, [torch.arange(8)])
     assert all(torch.equal(a, b) for a, b in zip(prm.parameters(), tiny_model().parameters(), strict=True))
     _, _, metrics = learned(rollout, broken, config_of())  # the parts without row 0 are learned from
     assert metrics["prm/refused"] == 1 and math.isfinite(metrics["prm/loss"])
@@ -232,9 +241,9 @@ def test_prime_refuses_settings_that_mean_nothing():
 
 
 def test_the_memory_plan_counts_the_prms_weights_and_moments():
-    policy, sizes = tiny_model(), (8, True, 100, 50, 100, True)
-    plans = (memory_plan(policy, model.ModelConfig(), *sizes, has_prm, 2**25) for has_prm in (False, True))
-    alone, both = plans
+    policy, layers = tiny_model(), []
+    work = [Work(100, 50, 100, has_reference=True, has_prm=has_prm) for has_prm in (False, True)]
+    alone, both = (memory_plan(policy.model, layers, model.ModelConfig(), 8, True, each, 2**25) for each in work)
     assert both["peak"] - alone["peak"] == pytest.approx(12 * policy.num_parameters() / 8 / 2**30)
 
 
@@ -255,7 +264,7 @@ def test_dumped_advantages_are_equation_5_of_the_dumped_log_probs(straight):
     rows = [json.loads(line) for line in (straight / "samples" / "step_000004.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "advantage" in row]
     assert rows and len(rows) % 4 == 0
-    r = [[0.05 * (p - q) for p, q in zip(row["prm_log_prob"], row["ref_log_prob"], strict=True)] for row in rows]
+    r = [[0.05 * (p - q) for p, q in zip(row["process_log_prob"], row["ref_log_prob"], strict=True)] for row in rows]
     assert max(abs(x) for row in r for x in row) > 1e-3  # the PRM has left the reference
     for i, row in enumerate(rows):
         siblings = [j for j in range(i - i % 4, i - i % 4 + 4) if j != i]

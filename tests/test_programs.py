@@ -9,11 +9,9 @@ import sys
 import zlib
 from pathlib import Path
 
-import pytest
-from helpers import grade_one, jsonl, published
-
 import data
 import infra.rng
+import pytest
 import tasks
 import tasks.datasets
 import tasks.print_sum
@@ -21,6 +19,8 @@ from infra.errors import BadInput
 from infra.rng import Draw
 from rewards import Grader, RewardConfig, sandbox
 from tasks.datasets import read_problems
+
+from helpers import grade_one, jsonl, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,7 +120,7 @@ def test_the_print_task_asks_for_what_python_prints(box):
 def test_the_demonstrator_misreads_at_its_rate_and_always_writes_a_program():
     copied = total = 0
     for i in range(2000):
-        wrong = tasks.print_sum.print_solution("print 7*3-2", infra.rng.random_for(0, Draw.DEMONSTRATE, i))
+        wrong = tasks.print_sum.print_solution("print 7*3-2", infra.rng.rng_for(0, Draw.DEMONSTRATE, i))
         read = re.fullmatch(r"```python\nprint\((\d[-+*]\d[-+*]\d)\)\n```", wrong)[1]
         copied += sum(a == b for a, b in zip(read, "7*3-2", strict=True))
         total += 5

@@ -4,22 +4,26 @@ import json
 import os
 import subprocess
 import sys
-
-import chaos
-import pytest
-import torch
-from conftest import TINY, as_of, checkpoints, finished, ran, started
-from helpers import PROMPTS, keys, tiny_model
-from safetensors.torch import load_file, save_file
+from dataclasses import replace
 
 import infra.checkpoints
 import infra.errors
 import infra.processes
 import model
+import pytest
+import torch
 import train
+from baselines.diagnostics import compare_gradients
+from infra.sharding import shard, unsharded
 from model import ModelConfig
-from sample import Rollout, SampleConfig, sample
+from safetensors.torch import load_file, save_file
+from sample import SampleConfig, sample
+from spro import Batch
 from tasks.chain import chain_tokenizer
+
+import chaos
+from conftest import TINY, as_of, checkpoints, finished, ran, started
+from helpers import PROMPTS, keys, one_update, tiny_model
 
 # --- one step, by hand --------------------------------------------------------------------------------------------
 
@@ -32,46 +36,39 @@ LAYOUTS = {  # of two processes; the single one computes the first
 
 
 def gradients(layout: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
-    """Every gradient and statistic of one policy update on a made-up rollout, and the rollout that it sampled before.
+    """Every gradient and statistic of one policy update on a made-up batch, and the batch that it sampled before.
 
-    Five responses of different lengths: in micro-batches of 1, two processes have 3 and 2, so one pass is for nothing.
+    Nine responses of different lengths: in micro-batches of 1, two processes have 5 and 4, so one pass is for nothing.
     """
-    tokenizer, found = chain_tokenizer(), {}
-    policy = model.shard(tiny_model(), LAYOUTS[layout], torch.device("cpu"))
-    with model.gathered(policy):
-        sampled = sample(policy, tokenizer, PROMPTS[:2], keys(2), SampleConfig(group_size=3, max_new_tokens=40))
-    texts = ["b1+2=3;#3", "#7", "b1+2=4;c4*5=0;d0-1=9;#9", "", "b9*9=1;(b9*9=1)#"]
-    rollout = Rollout.of_texts([PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[5]], texts, tokenizer)
-    source = torch.Generator().manual_seed(0)
-    log_probs, _ = model.rollout_log_probs(policy, rollout, 1.0, micro_batch_tokens)
+    found = {}
+    policy = shard(tiny_model(), LAYOUTS[layout], torch.device("cpu"))
+    with unsharded(policy):
+        sampled = sample(policy, PROMPTS[:2], keys(2), SampleConfig(group_size=3, max_new_tokens=40))
+    texts = ["b1+2=3;#3", "#7", "b1+2=4;c4*5=0;d0-1=9;#9", "", "b9*9=1;(b9*9=1)#", "#1", "b1", "#", "b2+2=4;#4"]
+    batch = Batch.from_texts([PROMPTS[i] for i in (0, 1, 1, 0, 5, 2, 2, 1, 0)], texts, chain_tokenizer())
+    log_probs, _ = model.batch_log_probs(policy, batch, 1.0, micro_batch_tokens)
 
-    policy = model.shard(tiny_model().double(), LAYOUTS[layout], torch.device("cpu"))  # fp32's noise exceeds 1e-6
-    source, shape = torch.Generator().manual_seed(0), rollout.mask.shape
+    policy = shard(tiny_model().double(), LAYOUTS[layout], torch.device("cpu"))  # fp32's noise exceeds 1e-6
+    source, shape = torch.Generator().manual_seed(0), batch.mask.shape
     with torch.no_grad():
-        old_log_probs, _ = model.token_log_probs(tiny_model(), rollout.tokens, rollout.attention_mask, shape[1], 1.0)
-    old_log_probs += 0.2 * torch.randn(shape, generator=source)  # so that some ratios are clipped
-    advantages = torch.randn(shape, generator=source)
+        old = model.token_log_probs(tiny_model(), batch, 1.0).log_probs
+    old += 0.2 * torch.randn(shape, generator=source)  # so that some ratios are clipped
+    advantages = torch.randn(shape, generator=source).masked_fill(~batch.mask, 0)
+    batch = replace(batch, log_probs=old, ref_log_probs=old - 0.5)
 
-    def clip_nothing(parameters, max_norm):
-        for name, parameter in policy.named_parameters():
-            whole = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-            found[name] = whole.clone()
-        return torch.tensor(1.0)
-
-    config, constants = train.Config(), (old_log_probs, advantages, old_log_probs - 0.5)
+    config = train.Config()
+    config.sample.group_size = 3
     config.train.micro_batch_tokens = micro_batch_tokens
-    reference = model.frozen(tiny_model(seed=1).double())
-    reference = model.shard(reference, LAYOUTS[layout], torch.device("cpu"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_nothing)
-        for config.algorithm.kl_coef, config.algorithm.kl_estimator in ((0.0, "exact"), (0.3, "exact"), (0.3, "k3")):
-            term = f"{config.algorithm.kl_coef} {config.algorithm.kl_estimator}"
-            losses = train.policy_losses(policy, config, rollout, *constants, reference)
-            stats = train.optimizer_step(policy, train.make_optimizer(policy, config.train), 0.0, 1.0, losses)
-            found |= {f"{term} {name}": found.pop(name) for name, _ in policy.named_parameters()}
-            found |= {f"{term} {key}": torch.tensor(value, dtype=torch.float64) for key, value in stats.items()}
-    terms = advantages.masked_fill(~rollout.mask, 0), advantages.roll(1, 0).masked_fill(~rollout.mask, 0)
-    compared = train.compare_gradients(policy, config, rollout, *terms)
+    reference = model.freeze(tiny_model(seed=1).double())
+    reference = shard(reference, LAYOUTS[layout], torch.device("cpu"))
+    for kl_coef, estimator in ((0.0, "exact"), (0.3, "exact"), (0.3, "k3")):
+        config.algorithm.kl_coef, config.algorithm.kl_estimator = kl_coef, estimator
+        given, row = one_update(policy, config, batch, advantages, reference)
+        stats = {key: row[key] for key in ("loss", "kl/old", "clip_fraction", "ratio/max", "kl/loss") if key in row}
+        found |= {f"{kl_coef} {estimator} {name}": gradient for name, gradient in given.items()}
+        found |= {f"{kl_coef} {estimator} {key}": torch.tensor(value).double() for key, value in stats.items()}
+    both = replace(batch, advantages=advantages + advantages.roll(1, 0).masked_fill(~batch.mask, 0))
+    compared = compare_gradients(policy, config, both, advantages)
     found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in compared.items()}
     found |= {"sampled tokens": sampled.tokens, "sampled mask": sampled.mask, "log-probs": log_probs}
     return {name: tensor.contiguous() for name, tensor in found.items()}
@@ -250,4 +247,6 @@ def test_a_process_that_hangs_has_every_process_show_where_it_stands_and_ends_th
     assert code != 0 and words.count("Timeout (0:00:06)!") >= 2, words
     dumps = words.split("Timeout (0:00:06)!")[1:]
     assert any("in counted" in dump for dump in dumps)  # the one that hangs, in the wrapped grader
-    assert any("in all_gather_object" in dump and "in shared" in dump for dump in dumps)  # the one that waits for it
+    assert any(
+        "in all_gather_object" in dump and "in map_over_ranks" in dump for dump in dumps
+    )  # the one that waits for it

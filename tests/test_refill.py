@@ -2,15 +2,15 @@
 
 import json
 
-import chaos
-import pytest
-from conftest import checkpoints, finished, ran
-from test_ranks import assert_alike
-
 import data
 import infra.config
 import infra.errors
+import pytest
 import train
+
+import chaos
+from conftest import checkpoints, finished, ran
+from test_ranks import assert_alike
 
 WANTED, REFILLS = 4, 3
 REFILL = ("train.steps=5", "train.dump_every=1", "eval.every=5", f"train.max_refills={REFILLS}")
@@ -30,7 +30,7 @@ def groups_of(file) -> list[list[dict]]:
 
 
 def is_mixed(group: list[dict]) -> bool:
-    return 0 < sum(row["reward"] for row in group) < 4
+    return 0 < sum(row["verdict"] for row in group) < 4
 
 
 def test_batches_are_sampled_until_enough_groups_are_kept_and_the_first_of_those_are_learned_from(refilled):
@@ -57,7 +57,7 @@ def test_no_prompt_is_skipped_or_sampled_twice(refilled):
     asked = [group[0]["prompt"] for file in sorted((refilled / "samples").iterdir()) for group in groups_of(file)]
     state = json.loads((refilled / "checkpoints" / checkpoints(refilled)[-1] / "state.json").read_text())
     assert state["position"] == len(asked) == sum(row["groups/sampled"] for row in chaos.metrics(refilled)[1:])
-    indices = [data.index_at(place, len(problems), config.seed) for place in range(len(asked))]
+    indices = [data.prompt_index(place, len(problems), config.seed) for place in range(len(asked))]
     assert asked == [problems[i].prompt for i in indices]
 
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import grade_one
-
 from rewards import ATTEMPTS, GRADERS, grade_chain
+
+from helpers import grade_one
 
 ROOT = Path(__file__).parent.parent
 

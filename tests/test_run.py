@@ -13,22 +13,23 @@ import sys
 import time
 from pathlib import Path
 
-import chaos
-import pytest
-import torch
-import yaml
-from conftest import TINY, checkpoints, finished, ran, started
-from helpers import tiny_model
-
 import infra.checkpoints
 import infra.config
 import infra.errors
 import infra.run_folder
+import model
+import pytest
+import torch
 import train
+import yaml
 from infra.config import read_config
 from infra.errors import BadInput, RunStopped
 from model import load
 from tasks.chain import chain_tokenizer
+
+import chaos
+from conftest import TINY, checkpoints, finished, ran, started
+from helpers import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
 CONFIGS = sorted((chaos.ROOT / "configs").rglob("*.yaml"))
@@ -56,7 +57,7 @@ def test_every_config_of_the_project_loads_and_survives_being_written_down(file,
     config = config_of(str(file))
     assert config.run_dir == f"runs/{file.stem}"
     written = tmp_path / "config.yaml"
-    written.write_text(yaml.safe_dump(infra.config.plain(config)))
+    written.write_text(yaml.safe_dump(infra.config.to_dict(config)))
     assert config_of(str(written)) == config
 
 
@@ -105,7 +106,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("seed=", "seed must be of type int, not ''"),
         ("seed=-1", "seed=-1 must be at least 0"),
         ("resume=1", "resume must be of type bool, not 1"),
-        ("model.path=5", "model.path must be of type str, not 5"),
+        ("data.min_steps=two", "data.min_steps must be of type int, not 'two'"),
         ("model=5", "model must hold keys and values, not 5"),
         ("seed.x=1", "seed must be of type int"),
         ("train.learning_rate=fast", "train.learning_rate must be of type float, not 'fast'"),
@@ -120,7 +121,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("train.prompts_per_step=3 sample.group_size=4", "3 prompts x 4 samples = 12 responses do not divide"),
         ("train.micro_batch_size=5", "the nearest is 'train.mini_batch_size'"),
         ("train.old_log_probs=mine", "old_log_probs='mine': choose recompute or sampler"),
-        ("sample.decoding=quick", "decoding='quick' is not known: choose one of fast, plain, static"),
+        ("sample.decoding=quick", "decoding='quick': choose fast, plain or static"),
         ("train.prompts_per_step=0", "prompts_per_step=0 must be at least 1"),
         ("data.train_size=8", "train.prompts_per_step=16 > data.train_size=8"),
         ("sample.group_size=1", "group_size=1"),
@@ -132,7 +133,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("reward.grader=oracle", "grader='oracle' is not known"),
         ("data.source=moon", "source='moon' is not known"),
         ("model.scratch=3", "model.scratch must be of type dict, not 3"),
-        ("model.dtype=int8", "dtype='int8' is not known"),
+        ("model.dtype=int8", "dtype='int8': choose bfloat16 or float32"),
         ("train.steps=[", "cannot read the value of 'train.steps=['"),
         ("one.yaml two.yaml", "usage"),
         ("--resume", "usage"),
@@ -183,7 +184,7 @@ def test_a_config_overrides_its_base_key_by_key_and_is_saved_resolved(tmp_path):
     config = config_of(str(top), "train.save_every=2")
     assert (config.seed, config.train.steps, config.train.save_every) == (4, 5, 2)
     assert config.train.adam_betas == (0.7, 0.8) and config.model.scratch == {"hidden_size": 64}
-    assert config.run_dir == "runs/top" and "base" not in infra.config.plain(config)
+    assert config.run_dir == "runs/top" and "base" not in infra.config.to_dict(config)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_bad_input_ends_the_script_with_code_2_and_one_line():
 
 
 def opened(folder: Path, *arguments) -> Path:
-    return infra.run_folder.open_run_folder(infra.config.plain(config_of(f"run_dir={folder}", *arguments)))
+    return infra.run_folder.open_run_folder(config_of(f"run_dir={folder}", *arguments))
 
 
 def test_a_run_folder_in_use_is_left_alone_unless_resume_or_overwrite_is_given(tmp_path):
@@ -329,8 +330,8 @@ def trainable(tied: bool = True):
     """(policy, optimizer) of a tiny model."""
     policy = tiny_model()
     if not tied:
-        policy.lm_head.weight = torch.nn.Parameter(2 * policy.lm_head.weight.detach())
-    return policy, train.make_optimizer(policy, train.TrainConfig())
+        policy.model.lm_head.weight = torch.nn.Parameter(2 * policy.model.lm_head.weight.detach())
+    return policy, model.make_optimizer(policy, train.TrainConfig())
 
 
 def learn(policy, optimizer, seed: int) -> None:
@@ -718,10 +719,10 @@ def test_a_finished_warm_start_is_kept_when_rl_had_no_checkpoint_yet(killed_in_s
 
 def test_a_run_does_not_go_on_with_another_reference_than_it_began_with(straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "run")
-    policy, _ = load(folder / "model")
-    trained = {"policy": (policy, train.make_optimizer(policy, train.TrainConfig()))}
-    arguments = (config_of("resume=true"), folder, trained, "another hash")
-    assert "started from has changed on disk" in refusal(train.resume, *arguments)
+    policy = load(folder / "model")
+    trained = {"policy": (policy, model.make_optimizer(policy, train.TrainConfig()))}
+    words = refusal(infra.checkpoints.resume, True, folder, trained, "another hash")
+    assert "started from has changed on disk" in words
 
 
 # --- the dry run --------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import grade_one
-
 from rewards import sandbox
 from rewards.programs import extract_program, grade_code, same_text, same_value
 from rewards.sandbox import Limits, Outcome, SandboxError, run_program
+
+from helpers import grade_one
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("BENCHMARK_DATA", ROOT.parent / "shared" / "data"))

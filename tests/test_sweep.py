@@ -8,14 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import chaos
+import infra.errors
 import pytest
 import yaml
-from conftest import TINY
-
-import infra.errors
 from infra.errors import BadInput
 from tools import sweep
+
+import chaos
+from conftest import TINY
 
 ENV = os.environ | chaos.AT_ONCE
 QUICK = [*TINY[1:], "train.steps=6", "eval.every=3"]

@@ -5,23 +5,28 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import model
 import pytest
 import torch
+import train
 import transformers
-from helpers import any_model
+from baselines import ADVANTAGES, advantage
+from baselines.diagnostics import compare_gradients
+from baselines.supervised import supervised_step
+from data import load_problems, mini_batches
+from infra.config import read_config
+from infra.metrics import MAX_REFUSED, check_refused, tensorboard
+from infra.rng import Draw, rng_for
+from infra.sharding import clip_gradients
 from safetensors.torch import load_file
+from spro import Batch
+from tasks.chain import chain_tokenizer
 from transformers import AutoModelForCausalLM
 
-import model
-import train
-from infra.config import read_config
-from infra.metrics import tensorboard
-from infra.rng import Draw, random_for
-from sample import Rollout
-from spro import ADVANTAGES
-from tasks.chain import chain_tokenizer
+from helpers import any_model, one_update
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "tiny.jsonl"
@@ -31,7 +36,8 @@ MEASURED = ("time/", "memory/", "tokens_per_second")  # all other metrics are de
 def maker() -> dict:
     """What a golden curve depends on beside the code."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": cpu, "threads": 1}
+    made = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": cpu, "threads": 1}
+    return made if model.fast else made | {"without": "fast"}  # which rounds as it does
 
 
 def launch(*arguments, timeout=300):
@@ -93,9 +99,10 @@ def test_every_trainable_parameter_moves(tiny_run):
 def test_the_saved_model_answers_as_the_trained_one_did(tiny_run):
     """Greedy answers of a plain `generate` on the saved folder score what the run's last evaluation scored."""
     folder, _ = tiny_run
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), model.load(folder / "model")[1]
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = model.load(folder / "model").tokenizer
     config = read_config(train.Config, [str(folder / "config.yaml")], None)
-    held_out = train.data.load_problems(config.data, config.seed)[1][: config.eval.prompts]
+    held_out = load_problems(config.data, config.seed)[1][: config.eval.prompts]
     right = 0
     for problem in held_out:
         ids = torch.tensor([tokenizer(problem.prompt).input_ids])
@@ -111,8 +118,8 @@ def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
     per_token = ("id", "piece", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
     for row in rows:
         assert len({len(row[name]) for name in per_token}) == 1
-        per_response = ("prompt", "reference", "text", "reward", "shaped_reward", "reason", "truncated", "group")
-        assert set(row) == {*per_token, *per_response} and row["shaped_reward"] == row["reward"]
+        per_response = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group")
+        assert set(row) == {*per_token, *per_response} and row["verdict"] == row["reward"]
         assert (row["piece"][-1] == "<eos>") != row["truncated"]
         assert "".join(piece for piece in row["piece"] if not piece.startswith("<")) == row["text"]
 
@@ -155,9 +162,9 @@ def test_dumped_advantages_are_those_of_the_dumped_log_probs(tiny_run):
         cpr = [[config.algorithm.beta * sum(r[: t + 1]) for t in range(len(r))] for r in ratios]
         for row, sums in zip(group, cpr, strict=True):
             outcome = (row["reward"] - mean) / (std + 1e-6) if std else 0.0
-            for t, advantage in enumerate(row["advantage"]):
+            for t, found in enumerate(row["advantage"]):
                 alive = [other[t] for other in cpr if t < len(other)]
-                assert advantage == pytest.approx(outcome + sums[t] - sum(alive) / len(alive), abs=1e-5)
+                assert found == pytest.approx(outcome + sums[t] - sum(alive) / len(alive), abs=1e-5)
 
 
 def test_grpo_runs_without_a_reference_and_beta_0_gives_its_run_bitwise(tiny_run, tmp_path):
@@ -188,7 +195,7 @@ def test_a_run_by_lines_gives_all_tokens_of_a_line_one_advantage(tiny_run, tmp_p
 
 def hand_made_rollout(lengths, prompt_lengths):
     """Responses of the given lengths with random ids, built row by row."""
-    random = random_for(0, Draw.SAMPLE)
+    random = rng_for(0, Draw.SAMPLE)
     P, T = max(prompt_lengths), max(lengths)
     tokens = torch.from_numpy(random.integers(4, 40, (len(lengths), P + T)))
     attended = torch.zeros(len(lengths), P + T, dtype=torch.bool)
@@ -196,7 +203,16 @@ def hand_made_rollout(lengths, prompt_lengths):
         attended[i, P - p : P + n] = True
     mask = attended[:, P:]
     nothing = torch.zeros(len(lengths))
-    return Rollout(tokens, attended, mask, *torch.zeros(2, *mask.shape), nothing.bool(), ("",) * len(lengths))
+    truncated = nothing.bool()
+    return Batch(tokens=tokens, attention_mask=attended, mask=mask, truncated=truncated, texts=("",) * len(lengths))
+
+
+def config_of(micro_batch_tokens: int, **algorithm) -> train.Config:
+    """For updates on hand-made batches: groups of two, all rows in one optimizer step."""
+    config = train.Config(algorithm=train.AlgorithmConfig(**algorithm))
+    config.sample.group_size = 2
+    config.train.micro_batch_tokens = micro_batch_tokens
+    return config
 
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"])
@@ -204,17 +220,15 @@ def test_micro_batches_and_row_order_do_not_change_the_gradient_of_a_step(mode, 
     policy = any_model("gpt2", tmp_path).double()  # computes all in double, unlike models with an fp32 RMSNorm
     rollout = hand_made_rollout([5, 1, 9, 3, 9, 2, 7, 4, 6, 8], [3, 6, 2, 5, 4, 3, 6, 2, 5, 4])
     rollout.tokens[5:, :6], rollout.attention_mask[5:, :6] = rollout.tokens[:5, :6], rollout.attention_mask[:5, :6]
-    noise = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=(2, *rollout.mask.shape)))
+    noise = torch.from_numpy(rng_for(0, Draw.SHUFFLE).normal(size=(2, *rollout.mask.shape)))
     old, advantages = noise[0] - 4, noise[1]
 
+    rollout = replace(rollout, log_probs=old)
+
     def gradient(tokens, rows):
-        config = train.Config(
-            algorithm=train.AlgorithmConfig(loss_weights=mode), train=train.TrainConfig(micro_batch_tokens=tokens)
-        )
-        policy.zero_grad()
-        for loss, _ in train.policy_losses(policy, config, rollout.at(rows), old[rows], advantages[rows]):
-            loss.backward()
-        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+        config = config_of(micro_batch_tokens=tokens, loss_weights=mode)
+        found, _ = one_update(policy, config, rollout.select(rows), advantages[rows])
+        return torch.cat([gradient.flatten() for gradient in found.values()])
 
     whole = gradient(1000, torch.arange(10))
     assert whole.abs().max() > 1e-6
@@ -231,23 +245,18 @@ def test_the_kl_term_adds_its_weighted_mean_to_the_loss_however_the_step_is_spli
             parameter.mul_(0.8)
     rollout = hand_made_rollout([5, 1, 9, 3, 9, 2], [3, 6, 2, 5, 4, 3])
     mask, T, parameters = rollout.mask, rollout.mask.shape[1], list(policy.parameters())
-    batch = (rollout.tokens, rollout.attention_mask, T, 1.0)
-    old, ref = (model.token_log_probs(m, *batch)[0].detach() for m in (policy, reference))
-    advantages = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=mask.shape))
+    old, ref = (model.token_log_probs(m, rollout, 1.0).log_probs.detach() for m in (policy, reference))
+    rollout = replace(rollout, log_probs=old, ref_log_probs=ref)
+    advantages = torch.from_numpy(rng_for(0, Draw.SHUFFLE).normal(size=mask.shape))
 
     def gradient(kl_coef, tokens):
-        config = train.Config()
-        config.algorithm.kl_coef, config.algorithm.kl_estimator = kl_coef, estimator
-        config.train.micro_batch_tokens, sums = tokens, {"loss": 0.0}
-        policy.zero_grad()
-        for loss, stats in train.policy_losses(policy, config, rollout, old, advantages, ref, reference):
-            loss.backward()
-            sums = {key: sums.get(key, 0.0) + value.item() for key, value in {"loss": loss, **stats}.items()}
-        return torch.cat([p.grad.flatten() for p in parameters]), sums
+        config = config_of(tokens, kl_coef=kl_coef, kl_estimator=estimator)
+        found, row = one_update(policy, config, rollout, advantages, reference)
+        return torch.cat([gradient.flatten() for gradient in found.values()]), row
 
     positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
     p, q = (
-        m(rollout.tokens, attention_mask=rollout.attention_mask, position_ids=positions).logits[:, -T - 1 : -1]
+        m.model(rollout.tokens, attention_mask=rollout.attention_mask, position_ids=positions).logits[:, -T - 1 : -1]
         for m in (policy, reference)
     )
     p, q = p.log_softmax(2), q.log_softmax(2).detach()
@@ -267,22 +276,23 @@ def test_the_kl_term_adds_its_weighted_mean_to_the_loss_however_the_step_is_spli
 def test_compared_gradients_are_those_of_a_plain_sum_and_nothing_is_left_behind(tmp_path):
     policy = any_model("gpt2", tmp_path).double()
     rollout = hand_made_rollout([5, 1, 9, 3, 9, 2], [3, 6, 2, 5, 4, 3])
-    mask, T, parameters = rollout.mask, rollout.mask.shape[1], list(policy.parameters())
-    noise = torch.from_numpy(random_for(0, Draw.SHUFFLE).normal(size=(2, *mask.shape)))
+    mask, parameters = rollout.mask, list(policy.parameters())
+    noise = torch.from_numpy(rng_for(0, Draw.SHUFFLE).normal(size=(2, *mask.shape)))
     outcome, step_term = noise[0] * mask, (noise[0] + 3 * noise[1]) * mask
-    log_probs, _ = model.token_log_probs(policy, rollout.tokens, rollout.attention_mask, T, 1.0)
+    log_probs = model.token_log_probs(policy, rollout, 1.0).log_probs
     a, b = (
         torch.cat([g.flatten() for g in torch.autograd.grad(surrogate, parameters, retain_graph=True)])
         for surrogate in ((log_probs * A / mask.sum(1, keepdim=True)).sum() for A in (outcome, step_term))
     )
     for tokens in (1, 1000):
         config = train.Config(train=train.TrainConfig(micro_batch_tokens=tokens))
-        found = train.compare_gradients(policy, config, rollout, outcome, step_term)
+        both = replace(rollout, advantages=outcome + step_term)
+        found = compare_gradients(policy, config, both, outcome)
         assert found["gradient/cosine"] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-9)
         assert found["gradient/norm_ratio"] == pytest.approx((b.norm() / a.norm()).item(), rel=1e-9)
         assert all(p.grad is None for p in parameters)
-    assert train.compare_gradients(policy, config, rollout, outcome, 0 * step_term) == {}
-    assert train.compare_gradients(policy, config, rollout, 0 * outcome, step_term) == {}
+    assert compare_gradients(policy, config, replace(rollout, advantages=outcome), outcome) == {}
+    assert compare_gradients(policy, config, replace(rollout, advantages=step_term), 0 * outcome) == {}
 
 
 def test_diagnosing_changes_nothing_but_its_own_metrics(tiny_run, tmp_path):
@@ -323,31 +333,35 @@ def tiny_policy():
 
 def test_a_non_finite_gradient_changes_nothing_and_several_in_a_row_stop_the_run():
     policy = tiny_policy()
-    optimizer = train.make_optimizer(policy, train.TrainConfig())
+    optimizer = model.make_optimizer(policy, train.TrainConfig())
     before = [p.detach().clone() for p in policy.parameters()]
     weight = next(policy.parameters())
-    update = train.optimizer_step(policy, optimizer, 1e-3, 1.0, iter([((weight * torch.inf).sum(), {})]))
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    batch = Batch.from_texts([[1, 7]] * 2, ["b1+2=3;#3", "#7"], chain_tokenizer())
+    update = supervised_step(policy, optimizer, batch, train.TrainConfig())
     assert update == {} and all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     state = {"refused_in_a_row": 0}
-    for _ in range(train.MAX_REFUSED - 1):
-        train.check_refused(state, {}, where="step 7")
-    train.check_refused(state, {"loss": 0.0}, where="step 7")  # a step that went well starts the count anew
+    for _ in range(MAX_REFUSED - 1):
+        check_refused(state, {}, where="step 7")
+    check_refused(state, {"loss": 0.0}, where="step 7")  # a step that went well starts the count anew
     assert state["refused_in_a_row"] == 0
-    for _ in range(train.MAX_REFUSED - 1):
-        train.check_refused(state, {}, where="step 8")
+    for _ in range(MAX_REFUSED - 1):
+        check_refused(state, {}, where="step 8")
     with pytest.raises(train.RunStopped, match="step 8"):
-        train.check_refused(state, {}, where="step 8")
+        check_refused(state, {}, where="step 8")
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_optimizer_is_adamw():
     policy = tiny_policy()
     config = train.TrainConfig(adam_betas=(0.9, 0.95), weight_decay=0.01)
-    optimizer = train.make_optimizer(policy, config)
+    optimizer = model.make_optimizer(policy, config)
     target = next(policy.parameters())
     before = target.detach().double().clone()
     gradient = torch.linspace(-3, 3, target.numel()).view_as(target)
-    stats = train.optimizer_step(policy, optimizer, 1e-3, 0.5, iter([((target * gradient).sum(), {})]))
-    assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    (target * gradient).sum().backward()
+    assert clip_gradients(policy, 0.5) == pytest.approx(gradient.norm().item(), rel=1e-5)
+    model.set_learning_rate(optimizer, 1e-3)
+    optimizer.step()
     clipped = gradient.double() * 0.5 / (gradient.double().norm() + 1e-6)
     expected = before * (1 - 1e-3 * 0.01) - 1e-3 * clipped / (
         clipped.abs() + 1e-8
@@ -357,7 +371,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_optimizer_is_adamw():
 
 def test_learning_rate_rises_and_then_follows_its_schedule():
     rates = {
-        kind: [train.learning_rate(step, 10, 2.0, 4, kind) for step in range(1, 11)]
+        kind: [model.learning_rate(step, 10, 2.0, 4, kind) for step in range(1, 11)]
         for kind in ("constant", "linear", "cosine")
     }
     for rate in rates.values():
@@ -370,7 +384,7 @@ def test_learning_rate_rises_and_then_follows_its_schedule():
 @pytest.mark.parametrize(("n", "sizes"), [(0, []), (8, [8]), (16, [16]), (24, [12, 12]), (40, [14, 13, 13])])
 def test_mini_batches_cover_every_row_once_per_epoch_in_about_equal_parts_with_siblings_adjacent(n, sizes):
     config = train.Config(train=train.TrainConfig(mini_batch_size=16, epochs=2))
-    parts = train.mini_batches(n, config, step=3)
+    parts = mini_batches(n, config, step=3)
     assert [len(part) for part in parts] == sizes * 2
     for epoch in (parts[: len(sizes)], parts[len(sizes) :]):
         rows = torch.cat([torch.empty(0, dtype=torch.long), *epoch]).tolist()
@@ -392,5 +406,7 @@ def test_a_step_whose_groups_are_all_dropped_changes_no_weight(tiny_run, tmp_pat
 
 def test_all_named_estimators_run_on_a_batch_of_no_responses():
     nothing, mask = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool)
-    for advantage_of in ADVANTAGES.values():
-        assert advantage_of(torch.zeros(0), nothing, nothing, mask, 4, 0.1, nothing.long()).shape == (0, 1)
+    batch = Batch(rewards=torch.zeros(0), log_probs=nothing, ref_log_probs=nothing, mask=mask, group_size=4)
+    batch = replace(batch, step_ids=nothing.long())
+    for name in ADVANTAGES:
+        assert advantage(name, batch, train.AlgorithmConfig()).shape == (0, 1)

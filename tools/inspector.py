@@ -20,16 +20,27 @@ import re
 import shutil
 import sys
 import unicodedata
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import yaml
-from torch.nn.utils.rnn import pad_sequence
-
+from baselines import advantage, outcome_term
+from infra.config import saved_block
+from infra.dumps import SAMPLER, dump_key
 from infra.errors import BadInput, Parser
 from infra.processes import command_line
-from spro import ADVANTAGES, cumulative_process_reward, grpo_advantage, masked_step_advantage, process_reward
+from spro import (
+    STEP,
+    AlgorithmConfig,
+    Batch,
+    cumulative_process_reward,
+    grpo_advantage,
+    masked_step_advantage,
+    process_reward,
+)
+from torch.nn.utils.rnn import pad_sequence
 
 VIEWS = {
     "advantage": "what training used; in SPRO outcome + MSA (Eq. 13)",
@@ -38,8 +49,10 @@ VIEWS = {
     "cpr": "cumulative process reward, beta x log-ratio summed up to this token (Eq. 11)",
     "log_ratio": "log-prob under the policy minus log-prob under the reference",
 }
-PER_RESPONSE = ("prompt", "reference", "reward", "reason", "truncated", "group", "piece")
-PER_TOKEN = ("log_prob", "ref_log_prob", "entropy", "advantage", "prm_log_prob", "step_id")  # of kept groups
+PER_RESPONSE = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group", "piece")
+PER_TOKEN = {  # in a line of a kept group -> in a Batch
+    dump_key(f.name): f.name for f in fields(Batch) if f.metadata.get("layout") == STEP and f.name not in SAMPLER
+}
 PAGE_TOKENS = 50_000  # of about 80 bytes: groups beyond stay out of a page
 TEMPLATE = Path(__file__).with_name("inspector_template.html")
 
@@ -117,54 +130,68 @@ def read_step(run: Path, step: int | None) -> tuple[dict, int, dict[int, list[di
 def read_line(text: bytes) -> dict:
     """A line of samples/step_*.jsonl, with tensors for its lists of numbers. Raises ValueError or TypeError."""
     line = json.loads(text)
-    needed = PER_RESPONSE + ("log_prob", "entropy") * ("advantage" in line)
+    kept = "advantage" in line
+    needed = [*PER_RESPONSE, *(("log_prob", "entropy") if kept else ())]
     if missing := [name for name in needed if name not in line]:
         raise ValueError(f"it has no {missing[0]!r}")
     line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
     if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["piece"])} or not line["piece"]:
         raise ValueError("its lists of values per token differ in length")
-    numbers = [line["group"], *([line["reward"]] * (line["reward"] is not None or "advantage" in line))]
-    if not all(isinstance(x, int | float) for x in numbers) or not all(isinstance(x, str) for x in line["piece"]):
-        raise ValueError("its group or its reward is no number, or a piece is no text")
+    numbers = [line["group"]]
+    numbers += [line[name] for name in ("verdict", "reward") if kept or line[name] is not None]
+    if not all(isinstance(x, int | float) for x in numbers):
+        raise ValueError("its group, its verdict or its reward is no number")
+    if not all(isinstance(x, str) for x in line["piece"]):
+        raise ValueError("a piece of it is no text")
     return line
 
 
 def spread(siblings: list[dict]) -> float:
-    rewards = [line["reward"] for line in siblings if line["reward"] is not None]
-    return max(rewards, default=0) - min(rewards, default=0)
+    scores = [line["verdict"] for line in siblings if line["verdict"] is not None]
+    return max(scores, default=0) - min(scores, default=0)
+
+
+def batch_of(kept: list[dict], group_size: int) -> Batch:
+    """The Batch that training had when it dumped these lines, in float64."""
+    mask = pad_sequence([torch.ones(len(line["piece"]), dtype=torch.bool) for line in kept], True)
+    per_token = {
+        field: pad_sequence([line[key] for line in kept], True) for key, field in PER_TOKEN.items() if key in kept[0]
+    }
+    if "step_ids" in per_token:
+        per_token["step_ids"] = per_token["step_ids"].long()
+    rewards = torch.tensor([line["reward"] for line in kept], dtype=torch.float64)
+    texts = tuple(line["text"] for line in kept)
+    return Batch(mask=mask, rewards=rewards, texts=texts, group_size=group_size, **per_token)
+
+
+def recomputed(batch: Batch, name: str, algo: AlgorithmConfig) -> tuple[torch.Tensor, str]:
+    """The outcome term [B, T], and whether the advantages come out of rewards and log-probs as they were dumped."""
+    try:
+        again = advantage(name, batch, algo)
+        outcome = outcome_term(name, batch, algo)
+    except (KeyError, ValueError) as error:  # an estimator that is gone, or one that needs more than is dumped
+        told = f"⚠ the advantages were not recomputed ({visible(error)}); the outcome term shown is GRPO's"
+        return grpo_advantage(batch, algo), told
+    gap = (again - batch.advantages).abs().max().item()
+    if torch.allclose(again, batch.advantages, rtol=1e-3, atol=1e-4):
+        check = f"✓ advantages recomputed from rewards and log-probs are those of training (largest gap {gap:.0e})"
+    else:
+        check = f"⚠ advantages recomputed from rewards and log-probs differ from training's by up to {gap:.3g}"
+    return again if outcome is None else outcome, check
 
 
 def with_terms(kept: list[dict], config: dict) -> str:
     """Add `values`, the views by name, to all lines of kept groups -> whether advantages come out as dumped."""
     if not kept:
         return "⚠ no group of this step was kept (algorithm.keep_accuracy)"
-    a, has_reference = config["algorithm"], "ref_log_prob" in kept[0]
-    mask = pad_sequence([torch.ones(len(line["piece"]), dtype=torch.bool) for line in kept], True)
-    padded = {name: pad_sequence([line[name] for line in kept], True) for name in PER_TOKEN if name in kept[0]}
-    log_probs, dumped, steps = padded["log_prob"], padded["advantage"], padded.get("step_id")
-    reference, process = (
-        padded.get("ref_log_prob", log_probs),
-        padded.get("prm_log_prob", log_probs),
-    )  # PRIME: its PRM's
-    rewards = torch.tensor([line.get("shaped_reward", line["reward"]) for line in kept], dtype=torch.float64)
-    group = (mask, config["sample"]["group_size"], a["beta"], None if steps is None else steps.long())
-    try:
-        advantage_of = ADVANTAGES[a["advantage"]]
-        recomputed, outcome = (advantage_of(rewards, process, ref, *group) for ref in (reference, process))
-        gap = (recomputed - dumped).abs().max().item()
-        agree = torch.allclose(recomputed, dumped, rtol=1e-3, atol=1e-4)
-        result = (
-            f"are those of training (largest gap {gap:.0e})" if agree else f"differ from training's by up to {gap:.3g}"
-        )
-        check = f"{'✓' if agree else '⚠'} advantages recomputed from rewards and log-probs {result}"
-    except (KeyError, ValueError) as error:  # an estimator that is gone, or one that needs more than is dumped
-        outcome = grpo_advantage(rewards, log_probs, reference, *group)
-        check = f"⚠ the advantages were not recomputed ({visible(error)}); the outcome term shown is GRPO's"
-    values = {"advantage": dumped, "outcome": outcome}
-    if has_reference:
-        cpr = cumulative_process_reward(process_reward(log_probs, reference, a["beta"]), mask)
-        msa = masked_step_advantage(cpr, mask, config["sample"]["group_size"])
-        values |= {"msa": msa, "cpr": cpr, "log_ratio": log_probs - reference}
+    algo = saved_block(AlgorithmConfig, config, "algorithm")
+    batch = batch_of(kept, config["sample"]["group_size"])
+    outcome, check = recomputed(batch, algo.advantage, algo)
+    values = {"advantage": batch.advantages, "outcome": outcome}
+    if batch.ref_log_probs is not None:
+        cpr = cumulative_process_reward(process_reward(batch.log_probs, batch.ref_log_probs, algo.beta), batch.mask)
+        msa = masked_step_advantage(cpr, batch.mask, batch.group_size)
+        values |= {"msa": msa, "cpr": cpr, "log_ratio": batch.log_probs - batch.ref_log_probs}
     for i, line in enumerate(kept):
         line["values"] = {name: value[i, : len(line["piece"])] for name, value in values.items()}
     return check
@@ -207,15 +234,19 @@ def readable(siblings: list[dict]) -> list[list[str]]:
     return [[text_of(piece) for piece in line["piece"]] for line in siblings]
 
 
-def mark_of(reward: float | None) -> str:
-    return "?" if reward is None else "✓" if reward >= 1 else "✗" if reward <= 0 else "◐"
+def mark_of(score: float | None) -> str:
+    return "?" if score is None else "✓" if score >= 1 else "✗" if score <= 0 else "◐"
 
 
 def verdict_of(line: dict) -> str:
-    reward, trained = line["reward"], line.get("shaped_reward", line["reward"])
-    words = ["no verdict" if reward is None else f"reward {reward:.3g}"]
-    words += [f"{trained:.3g} as shaped for training"] * (trained != reward) + [visible(line["reason"])]
-    return f"{mark_of(reward)} " + ", ".join([*words, f"{len(line['piece'])} tokens", *["cut off"] * line["truncated"]])
+    score, reward = line["verdict"], line["reward"]
+    words = ["no verdict" if score is None else f"verdict {score:.3g}"]
+    if reward != score:
+        words.append(f"reward {reward:.3g} as shaped for training")
+    words += [visible(line["reason"]), f"{len(line['piece'])} tokens"]
+    if line["truncated"]:
+        words.append("cut off")
+    return f"{mark_of(score)} " + ", ".join(words)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -241,7 +272,7 @@ def group_of(number: int, siblings: list[dict]) -> dict:
     first, kept = siblings[0], "values" in siblings[0]
     responses = []
     for line, pieces in zip(siblings, readable(siblings), strict=True):
-        response = {"mark": mark_of(line["reward"]), "verdict": verdict_of(line), "pieces": pieces}
+        response = {"mark": mark_of(line["verdict"]), "verdict": verdict_of(line), "pieces": pieces}
         if kept:
             values = line["values"] | {name: line[name] for name in PER_TOKEN if name in line}
             response["values"] = {
@@ -249,8 +280,8 @@ def group_of(number: int, siblings: list[dict]) -> dict:
                 for name, value in values.items()
             }
         responses.append(response)
-    rewards = [line["reward"] for line in siblings if line["reward"] is not None]
-    name = f"{number}, mean reward {sum(rewards) / len(rewards):.2g}" if rewards else str(number)
+    scores = [line["verdict"] for line in siblings if line["verdict"] is not None]
+    name = f"{number}, mean verdict {sum(scores) / len(scores):.2g}" if scores else str(number)
     texts = {"prompt": visible(first["prompt"]), "reference": visible(first["reference"])}
     scales = {view: scale_of(siblings, view) for view in first["values"]} if kept else {}
     return {"group": number, "name": name, **texts, "kept": kept, "scales": scales, "responses": responses}

@@ -1,4 +1,4 @@
-"""Compare runs: a Markdown table with intervals, figures, or a live view in the terminal. Needs no torch.
+"""Compare runs: a Markdown table with intervals, figures, or a live view in the terminal.
 
     python -m tools.report RUN ... [--baseline NAME] [--threshold 0.8] [--figures DIR] [--output FILE.md]
     python -m tools.report RUN ... --watch [SECONDS]
@@ -23,20 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from infra.config import all_keys, flat, keys_where
+from train import Config
 
-SAME = {  # keys that make no difference to what is compared
-    *("seed", "run_dir", "resume", "overwrite", "dry_run"),
-    *(
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.dump_every",
-        "train.diagnose_every",
-        "train.tensorboard",
-        "train.timeout_minutes",
-    ),
-    *("train.micro_batch_tokens", "sample.batch_tokens", "model.shard", "model.replicate"),
-    *("model.gradient_checkpointing", "model.offload_reference"),
-}
 LAST_STEPS = 5  # entropy at the end is the mean over these: a step has few kept groups
 PER_FIGURE = 8  # groups: more lines than these are not told apart
 
@@ -67,13 +56,6 @@ class Run:
     @property
     def seed(self) -> int:
         return self.config.get("seed", 0)
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    items: dict = {}
-    for key, value in config.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return items
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -127,8 +109,9 @@ def difference(a: dict, b: dict) -> list[str]:
 
 
 def settings(run: Run) -> dict:
-    """What of its config makes a run comparable with others."""
-    kept = {key: value for key, value in run.config.items() if key not in SAME}
+    """What of its config makes a run comparable with others: all but what its knobs say does not count."""
+    compared, known = set(keys_where(Config, "compared")), set(all_keys(Config))
+    kept = {key: value for key, value in run.config.items() if key in compared or key not in known}
     if str(kept.get("model.path", "")).endswith("warm_start/model"):
         kept["model.path"] = ""
     return kept

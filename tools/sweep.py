@@ -23,15 +23,13 @@ import zlib
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
-
-from infra.config import changes, flat, plain, read_config
+from infra.config import changes, flat, keys_where, read_config, to_dict
 from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped
 from infra.processes import command_line
+from tqdm import tqdm
 from train import Config
 
 SEEDS_APART = 1000  # from the seeds of one warm start to those of the next
-MAKES_WARM_START = ("model.", "data.", "train.warm_start", "train.adam", "train.weight", "train.max_g", "train.micro")
 
 
 def finished(config: Config) -> bool:
@@ -39,7 +37,7 @@ def finished(config: Config) -> bool:
     folder = Path(config.run_dir)
     try:
         steps = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        changed = changes(yaml.safe_load((folder / "config.yaml").read_text()), plain(config))
+        changed = changes(yaml.safe_load((folder / "config.yaml").read_text()), config)
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
         return False
     return not changed and steps == config.train.steps and (folder / "model").exists()
@@ -48,11 +46,12 @@ def finished(config: Config) -> bool:
 def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[int, int]]) -> tuple[dict, dict]:
     """The runs to be made, {folder: arguments of train.py}, and the like of the warm starts that these need."""
     runs, warm_starts = {}, {}
+    decisive = tuple(keys_where(Config, "warm_start"))
     for (warm, seed), file in ((pair, file) for pair in pairs for file in files):
         folder, arguments = str(out / Path(file).stem / f"warm{warm}-seed{seed}"), [file, *overrides, f"seed={seed}"]
         config = read_config(Config, arguments, None)
         if not config.model.path:
-            settings = {k: v for k, v in flat(plain(config)).items() if k.startswith(MAKES_WARM_START)}
+            settings = {key: value for key, value in flat(to_dict(config)).items() if key.startswith(decisive)}
             start = out / "warm_starts" / f"{zlib.crc32(json.dumps(settings).encode()):08x}-seed{warm}"
             config.model.path = f"{start}/warm_start/model"
             if not Path(config.model.path).exists():

@@ -1,0 +1,123 @@
+"""One policy over several ranks: FSDP2 keeps 1/shard of it on each, and gathers what a pass needs
+just for that pass.
+
+`settings` is the config's block `model` throughout.
+"""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from infra.errors import BadInput, enough_memory
+from infra.processes import world_size
+
+
+def shard_size(settings) -> int:
+    """Ranks that split one copy of the weights. Raises BadInput if shard x replicate is not the
+    number of ranks.
+    """
+    split = settings.shard or world_size() // settings.replicate
+    if split * settings.replicate != world_size():
+        raise BadInput(
+            f"model.shard={settings.shard} x model.replicate={settings.replicate} does not make "
+            "the "
+            f"{world_size()} ranks of this run"
+        )
+    return split
+
+
+@enough_memory("load")
+def shard(policy, settings, device: torch.device, offload: bool = False):
+    """Put the policy on `device`, its weights split over the ranks by FSDP2 wherever there is a
+    process group.
+
+    Every rank comes with the whole model in host memory and leaves with its share. `offload` keeps
+    that share in host memory (the reference's option).
+    """
+    policy.device = device
+    if settings.gradient_checkpointing:
+        with (
+            warnings.catch_warnings()
+        ):  # the name is deprecated in the newest transformers, its successor not in older
+            warnings.simplefilter("ignore", FutureWarning)
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.recomputes = True
+    split = shard_size(settings)
+    if not dist.is_initialized():
+        return policy.to(device)
+    sizes, names = (split,), ("shard",)
+    if settings.replicate > 1:
+        sizes, names = (settings.replicate, split), ("replicate", "shard")
+    on_gpu = device.type == "cuda"
+    options = {
+        "mesh": init_device_mesh(device.type, sizes, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=getattr(torch, settings.dtype) if on_gpu else None,
+            reduce_dtype=torch.float32,
+        ),
+        "offload_policy": CPUOffloadPolicy() if offload and on_gpu else OffloadPolicy(),
+    }
+    for layer in decoder_layers(policy):
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+    for name in ("generate", "token_log_probs", "states_for_kl"):
+        register_fsdp_forward_method(policy, name)
+    return policy
+
+
+def decoder_layers(policy) -> list[torch.nn.Module]:
+    """The modules that transformers says must not be split: one decoder layer each."""
+    names = policy.model._no_split_modules or ()
+    return [module for module in policy.model.modules() if type(module).__name__ in names]
+
+
+@contextmanager
+def unsharded(policy):
+    """Whole weights on every rank, for generation: gathered once here, not once per token.
+
+    Costs the whole model in the compute type beside this rank's shards, until the block is left.
+    While it lasts a forward pass needs no other rank, so ranks may run different numbers of them
+    and cannot wait for each other: rows may stop at different lengths. All ranks must enter and
+    leave together. Does nothing to a model not sharded.
+    """
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            # FSDP2's own defaults
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.reshard()
+
+
+def reshard(policy) -> None:
+    """Give back what a forward pass leaves gathered for a backward pass that does not come: the
+    root.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def clip_gradients(policy, max_norm: float) -> float:
+    """Scale the gradients down to `max_norm` over all ranks, and give them up where they are not
+    finite.
+
+    -> their norm before. A step with a norm that is not finite must not be taken.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

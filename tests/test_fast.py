@@ -1,0 +1,233 @@
+"""fast/ against the plain paths of model.py and sample.py: the same numbers, and what makes them sooner."""
+
+import dataclasses
+
+import fast
+import fast.decode
+import fast.log_probs
+import fast.shared_prompts
+import model as model_module
+import pytest
+import torch
+from data import micro_batch_rows
+from model import freeze, load, plain_log_probs_of_tokens, plain_states_for_kl, token_log_probs
+from sample import SampleConfig, sample
+from spro import Batch
+from tasks.chain import chain_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import LLAMA, PROMPTS, any_model, hf_model, keys, row_log_probs, rows_of, saved, tiny_model
+
+V = len(chain_tokenizer())
+kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    return sample(tiny_model(), PROMPTS, keys(6), SampleConfig(group_size=2, max_new_tokens=9))
+
+
+def inputs_of(batch):
+    return batch.tokens, batch.attention_mask, batch.mask.shape[1]
+
+
+def values_and_gradients(policy, batch, forward=None, temperature=0.7):
+    """Log-probs and entropy of the real tokens, and what a loss on them sends to every parameter."""
+    policy.zero_grad()
+    forward = forward or fast.log_probs_of_tokens
+    log_probs, entropy, _ = forward(policy, *inputs_of(batch), temperature)
+    log_probs, entropy = log_probs[batch.mask], entropy[batch.mask]
+    (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
+    return [log_probs.detach(), entropy, *(p.grad.clone() for p in policy.parameters())]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@kinds
+def test_the_fast_log_probs_and_gradients_are_those_of_the_plain_path(kind, temperature, rollout, tmp_path):
+    policy = any_model(kind, tmp_path).double()
+    fast_values = values_and_gradients(policy, rollout, temperature=temperature)
+    plain_values = values_and_gradients(policy, rollout, plain_log_probs_of_tokens, temperature)
+    tolerance = 1e-10 if kind in ("gpt2", "opt") else 1e-5  # Llama-like models normalise in fp32 whatever their type
+    torch.testing.assert_close(fast_values, plain_values, atol=tolerance, rtol=tolerance)
+
+
+def is_logits(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.shape[-1:] == (V,) and x.shape != (32, V)  # not the head's weight
+
+
+class LargestLogits(TorchDispatchMode):
+    """Notes the most logits that any operation made at once, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if is_logits(x):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, monkeypatch):
+    policy = tiny_model().double()
+    whole = values_and_gradients(policy, rollout)
+    monkeypatch.setattr(fast.log_probs, "LOGITS_AT_ONCE", rows * V + 5)
+    kept = []  # for the backward pass, where no chunk may wait for the others
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        token_log_probs(policy, rollout, 1.0)
+    assert kept and not any(is_logits(x) for x in kept)
+    with LargestLogits() as largest:
+        chunked = values_and_gradients(policy, rollout)
+    assert largest.elements == rows * V
+    torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
+
+
+def two_models(kind, tmp_path):
+    """A policy and a frozen reference that differ, in double."""
+    policy, reference = any_model(kind, tmp_path / "a").double(), any_model(kind, tmp_path / "b").double()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy, freeze(reference)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_the_exact_kl_and_its_gradient_are_those_of_whole_logits_and_never_hold_them(
+    kind, rows, rollout, monkeypatch, tmp_path
+):
+    """gpt2 computes everything in double; qwen2's norms are fp32."""
+    policy, reference = two_models(kind, tmp_path)
+    monkeypatch.setattr(fast.log_probs, "LOGITS_AT_ONCE", rows * V + 5)
+    weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0)).double() * rollout.mask
+
+    def gradient(log_probs, kl):
+        policy.zero_grad()
+        (weights[0] * log_probs + weights[1] * kl).sum().backward()
+        return [p.grad.clone() for p in policy.parameters()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.shared_prompts, "cache_is_divisible", lambda _: False)  # another order than the policy's
+        states = fast.states_for_kl(reference, *inputs_of(rollout))
+    with LargestLogits() as largest:
+        log_probs, _, kl = fast.log_probs_of_tokens(policy, *inputs_of(rollout), 0.7, states)
+        found = gradient(log_probs, kl)
+    assert largest.elements <= rows * V
+    assert log_probs.equal(token_log_probs(policy, rollout, 0.7).log_probs)
+    expected = plain_log_probs_of_tokens(
+        policy, *inputs_of(rollout), 0.7, plain_states_for_kl(reference, *inputs_of(rollout))
+    )
+    whole = gradient(expected[0], expected[2])
+    tolerance = 1e-9 if kind == "gpt2" else 1e-4
+    assert expected[2].max() > 0.01 and not kl[~rollout.mask].any()
+    torch.testing.assert_close([kl, *found], [expected[2], *whole], atol=tolerance, rtol=tolerance)
+
+
+WINDOW = {"sliding_window": 5, "head_dim": 8}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral", "gemma3_text"])
+def test_a_prompt_run_once_for_its_siblings_gives_the_log_probs_and_gradients_of_rows_in_full(
+    kind, tmp_path, monkeypatch
+):
+    windows = {"mistral": WINDOW, "gemma3_text": WINDOW | LAYERS}
+    if kind in windows:  # layers that forget what is further back than their window
+        policy = load(saved(hf_model(kind, **LLAMA, **windows[kind]), tmp_path))
+    else:
+        policy = any_model(kind, tmp_path)
+    policy, g = policy.double(), torch.Generator().manual_seed(0)
+    texts = ["".join("0123456789+-"[i] for i in torch.randint(0, 12, (n,), generator=g)) for n in (0, 1, 3, 7, 12, 19)]
+    batch = Batch.from_texts([PROMPTS[i % 4] for i in (0, 1, 0, 2, 0, 1)], texts, chain_tokenizer())
+    assert fast.shares_prompts(policy)
+    shared = values_and_gradients(policy, batch)
+    monkeypatch.setattr(fast.shared_prompts, "cache_is_divisible", lambda _: False)
+    # Llama-like models normalise in fp32 whatever their type; gpt2 and opt are double throughout.
+    tolerance = 1e-10 if kind in ("gpt2", "opt") else 1e-5
+    torch.testing.assert_close(shared, values_and_gradients(policy, batch), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_rows_packed_into_one_without_padding_give_the_log_probs_and_gradients_of_rows_in_full(
+    kind, rollout, monkeypatch
+):
+    policy = tiny_model(architecture=kind)
+    # As with a variable-length kernel on a GPU; sdpa masks the rows from each other instead.
+    monkeypatch.setattr(fast.shared_prompts, "packs_rows", lambda _: True)
+    assert not fast.shares_prompts(policy)
+    sizes = []
+    hook = policy.model.base_model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    packed = values_and_gradients(policy, rollout)
+    hook.remove()
+    assert sizes == [(1, rollout.attention_mask.sum())]
+    plain = values_and_gradients(policy, rollout, plain_log_probs_of_tokens)
+    torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_siblings_go_into_one_micro_batch_where_a_pass_runs_their_prompt_once(monkeypatch):
+    policy, texts = tiny_model(), ["1" * n for n in (9, 2, 5, 8, 1, 7)]
+    batch = Batch.from_texts([PROMPTS[i] for i in (0, 1, 0, 1, 0, 1)], texts, chain_tokenizer())
+    assert fast.prompt_numbers(policy, batch) in ([0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0])
+    (rows,) = micro_batch_rows(batch, 10_000, fast.prompt_numbers(policy, batch))
+    assert [i % 2 for i in rows.tolist()] in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    monkeypatch.setattr(fast.shared_prompts, "cache_is_divisible", lambda _: False)
+    assert fast.prompt_numbers(policy, batch) is None
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+CONFIG = SampleConfig(group_size=16, max_new_tokens=12, temperature=0.7)
+
+
+def draw(policy, **changes):
+    return sample(policy, PROMPTS, keys(len(PROMPTS)), dataclasses.replace(CONFIG, **changes))
+
+
+def assert_same(a, b):
+    assert rows_of(a) == rows_of(b)
+    for x, y in zip(row_log_probs(a), row_log_probs(b), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral"])
+def test_the_fast_sampler_draws_the_tokens_of_the_plain_one(kind, tmp_path, monkeypatch):
+    """Rows that stop at their first token, later and never, behind ragged prompts, in batches that split groups."""
+    if kind == "mistral":  # each layer sees 5 tokens back
+        policy = load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), tmp_path))
+    else:
+        policy = any_model(kind, tmp_path)
+    monkeypatch.setattr(fast.decode, "ROOM", 8)
+    changes = {"max_new_tokens": 30, "group_size": 5, "batch_tokens": 7 * 37}
+    plain, quick = (draw(policy, decoding=decoding, **changes) for decoding in ("plain", "fast"))
+    assert_same(quick, plain)
+    torch.testing.assert_close(quick.sampler_entropy, plain.sampler_entropy, atol=1e-4, rtol=0)
+    lengths = quick.mask.sum(1)
+    assert quick.truncated.any() and (lengths == 1).any() and (~quick.truncated & (lengths > 1)).any()
+
+
+def test_each_prompt_is_run_once_and_stopped_rows_leave_the_batch():
+    policy, sizes = tiny_model(), []
+    with torch.no_grad():
+        handle = policy.model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+        rollout = draw(policy)
+        handle.remove()
+    lengths, alive = rollout.mask.sum(1).tolist(), 96
+    assert sizes[0] == (6, 7)  # 6 prompts, padded to the longest
+    for step, (rows, new) in enumerate(sizes[1:], 1):
+        going = sum(length > step for length in lengths)
+        alive = going if going <= 0.75 * alive else alive
+        assert (rows, new) == (alive, 1)
+    assert len(sizes) == 12
+
+
+def test_a_model_whose_states_rows_cannot_share_is_sampled_plainly(monkeypatch):
+    policy = tiny_model()
+    expected = draw(policy)
+    monkeypatch.setattr(fast.decode, "cache_is_divisible", lambda _: False)
+    monkeypatch.setattr(fast, "decode_groups", None)
+    assert_same(draw(policy), expected)
+
+
+def test_the_core_takes_the_fast_path_where_there_is_one():
+    assert model_module.fast is fast
