@@ -448,7 +448,7 @@ def grade_line(grader: str, line: bytes) -> Verdict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"fault: not a JSON object with text and reference ({type(error).__name__}: {error})"
         return Verdict(None, reason)
-    return grade_one(grader, text, reference if isinstance(reference, dict) else str(reference))
+    return grade_one(grader, text, reference)
 
 
 def main() -> int:

@@ -1,0 +1,197 @@
+r"""What stands behind a number: units as a product of powers, with scale words as factors.
+
+`60\\text{ km/h}` is 60 and hour^-1 kilometer^1; `2\\text{ million dollars}` is 2 and dollar^1, times 1000000.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from notation import FUNCTIONS, RATIONALS
+
+_UNITS = {  # name: what else it is called. A name with a slash is a quotient.
+    **{"meter": "m", "centimeter": "cm", "millimeter": "mm", "kilometer": "km", "nanometer": "nm"},
+    **{"inch": "in", "foot": "ft feet", "yard": "yd", "mile": "mi", "acre": "ac"},
+    **{"gram": "g", "kilogram": "kg kilo", "milligram": "mg", "pound": "lb", "ounce": "oz", "ton": "t"},
+    **{"second": "s sec", "minute": "min", "hour": "h hr", "week": "wk", "month": "mo", "year": "yr"},
+    **{"liter": "L l", "milliliter": "mL ml", "gallon": "gal", "quart": "qt", "pint": "pt"},
+    **{"dollar": "$ buck usd USD", "cent": "ct", "percent": "% pct", "point": "pts"},
+    **{"degree": "deg ^\\circ", "celsius": "C", "fahrenheit": "F", "kelvin": "K", "radian": "rad"},
+    **{"newton": "N", "joule": "J", "watt": "W", "volt": "V", "ampere": "A", "mole": "mol"},
+    **{"hertz": "Hz", "pascal": "Pa", "kilowatt": "kW", "megawatt": "MW", "milliwatt": "mW"},
+    **{"person": "people ppl", "man": "men", "woman": "women", "child": "children kid"},
+    **{"mile/hour": "mph", "kilometer/hour": "kph kmh kmph", "mile/gallon": "mpg"},
+}
+_NAMES = {other: name for name, others in _UNITS.items() for other in [name, *others.split()]}
+_SCALES = {  # words that multiply what they follow
+    **{"dozen": 12, "hundred": 100, "thousand": 10**3},
+    **{"million": 10**6, "billion": 10**9, "trillion": 10**12},
+}
+_PARTS = {  # and divide: in the plural only, 12 fifth graders are 12
+    **{"halves": 2, "thirds": 3, "fourths": 4, "fifths": 5, "sixths": 6, "sevenths": 7, "eighths": 8},
+    **{"ninths": 9, "tenths": 10, "hundredths": 100, "thousandths": 10**3, "millionths": 10**6},
+}
+# Behind a number these make another number, or a condition, of it.
+_NO_UNITS = {
+    *("below", "under", "minus", "negative", "plus", "times", "over", "mod", "modulo", "not", "no"),
+    *("non", "without", "out", "to", "than", "or", "least", "most", "if", "when", "where", "unless"),
+    *("except", "half", "factorial", "zero", "infinity", "choose", "root", "power"),
+}
+_OPEN_ENDED = {"of", "for", "from", "with", "on"}  # what follows tells more of what is counted
+_FILLERS = {
+    *("left", "remaining", "total", "each", "more", "altogether", "long", "wide", "tall", "high"),
+    *("deep", "old", "away", "apart", "approximately", "about", "exactly", "only", "extra", "the"),
+}
+_UNIT_TOKEN = re.compile(r"[A-Za-z]+(?:'s?(?![A-Za-z]))?|\^\{?-?\d\}?|\^\\circ|\\(?:cdot|times)|[ \"/()%.-]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A product of powers of units, and the factor that its scale words make: 2 million km/h is 2000000 km h^-1."""
+
+    powers: tuple[tuple[str, int], ...] = ()
+    factor: Fraction = Fraction(1)
+
+
+def _singular(word: str) -> str:
+    """centimetres -> centimeter, boxes -> box, berries -> berry."""
+    word = re.sub(r"(met|lit)re", r"\1er", word)
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if re.search(r"(?:ch|sh|x|ss)es$", word):
+        return word[:-2]
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _scale(word: str) -> Fraction | None:
+    """The factor that a scale word is."""
+    if word in _PARTS:
+        return Fraction(1, _PARTS[word])
+    factor = _SCALES.get(word, _SCALES.get(_singular(word)))
+    return None if factor is None else Fraction(factor)
+
+
+def _unit_name(word: str) -> str:
+    """The name of the unit that a word is: of those in _UNITS, or the word itself in the singular."""
+    for form in (word, word.lower(), _singular(word), _singular(word.lower())):
+        if form in _NAMES:
+            return _NAMES[form]
+    return _singular(word if len(word) < 4 else word.lower())
+
+
+def _is_word(word: str) -> bool:
+    """Whether letters in no \\text{} behind a number are a word, and no product of variables."""
+    known = _unit_name(word) in _UNITS or _scale(word.lower()) is not None
+    if len(word) < 3:
+        return len(word) == 2 and (known or word in ("of", "an", "sq", "cu"))
+    # Three letters: a consonant, a vowel, a letter, as in hat.
+    return known or len(word) > 3 or re.fullmatch("[b-df-hj-np-tv-z][aeiou][a-z]", word) is not None
+
+
+class _UnitReader:
+    """Reads what stands behind a number, token by token."""
+
+    def __init__(self):
+        self.powers: dict[str, int] = {}
+        self.factor = Fraction(1)
+        self.last: tuple[str, int] | None = None  # the unit that an exponent raises, and its sign
+        self.sign = self.power = 1  # of the next unit
+        self.grouped = False  # in parentheses, whose units share a sign
+
+    def add(self, name: str, power: int) -> None:
+        self.powers[name] = self.powers.get(name, 0) + power
+
+    def unit(self, word: str) -> None:
+        above, _, below = _unit_name(word).partition("/")
+        self.add(above, self.sign * self.power)
+        if below:
+            self.add(below, -self.sign)
+        self.last = (above, self.sign)
+        self.power = 1
+        self.sign = self.sign if self.grouped else 1
+
+    def ended_by(self, word: str) -> bool:
+        """Whether the rest tells more of what is counted. `in` is an inch where a unit must follow."""
+        expecting = self.last is None or self.sign < 0 or self.power > 1
+        return word in _OPEN_ENDED or (word == "in" and not expecting)
+
+    def word(self, word: str) -> bool:
+        """Take one word. False: it makes this no unit."""
+        word = re.sub("'s?$", "", word)
+        lower = word.lower()
+        if lower in _NO_UNITS or (len(word) == 1 and word not in _NAMES and word != "a"):
+            return False
+        if lower == "per" or (lower in ("a", "an") and word not in _NAMES and self.powers):
+            self.sign = -1
+        elif lower in ("squared", "cubed"):
+            return self.raised(2 if lower == "squared" else 3)
+        elif lower in ("square", "sq", "cubic", "cu"):
+            self.power = 2 if lower in ("square", "sq") else 3
+        elif (factor := _scale(lower)) is not None:
+            self.factor *= factor**self.sign
+        elif lower not in _FILLERS and lower not in ("a", "an"):
+            self.unit(word)
+        return True
+
+    def raised(self, power: int) -> bool:
+        if self.last is None:
+            return False
+        self.add(self.last[0], self.last[1] * (power - 1))
+        return True
+
+
+@functools.lru_cache(maxsize=1024)
+def read_unit(text: str, letters: bool = False) -> Unit | None:
+    """The unit that `text`, which stands behind a value, is. None: it is none.
+
+    letters: single letters and short words count without a \\text{}, too.
+    """
+    if base := re.fullmatch(r"_\{(\d+)\}", text):  # may be left out like a unit
+        return Unit(((f"base {base[1]}", 1),))
+    tokens = _UNIT_TOKEN.findall(text)
+    if "".join(tokens) != text:
+        return None
+    reader = _UnitReader()
+    letters = letters or re.match(r" ?(?:m/s|km/h)(?![A-Za-z])", text) is not None
+    for token in tokens:
+        letters = letters or token in ('"', r"^\circ", "%")
+        word = token[0].isalpha()
+        if word and reader.ended_by(token.lower()):
+            break
+        if word and not ((letters or _is_word(token)) and reader.word(token)):
+            return None
+        if token in ("%", r"^\circ"):
+            reader.unit(token)
+        elif token == "/":
+            reader.sign = -1
+        elif token in "()":
+            reader.grouped = token == "("
+            reader.sign = reader.sign if reader.grouped else 1
+        elif token[0] == "^" and not reader.raised(int(token.strip("^{}"))):
+            return None
+    powers = tuple(sorted((name, power) for name, power in reader.powers.items() if power))
+    return Unit(powers, reader.factor)
+
+
+def _behind_number(answer: str) -> int:
+    """Where the longest rational number that the answer begins with ends."""
+    return max((match.end() for pattern in RATIONALS if (match := pattern.match(answer))), default=0)
+
+
+@functools.lru_cache(maxsize=4096)
+def quantity(answer: str, letters: bool = False) -> tuple[str, Unit]:
+    """(value, unit) of a spelled answer. Words without a \\text{} are a unit behind a plain number only."""
+    currency = answer.startswith(r"\$")
+    answer = answer.removeprefix(r"\$")
+    value, unit = answer, Unit()
+    mark = re.search(r'"|%|\^\\circ(?![A-Za-z])|(?<=\d)_\{\d+\}$', answer)
+    for end in filter(None, (_behind_number(answer), mark.start() if mark else 0)):
+        radians = answer.startswith(r"^\circ", end) and re.search(rf"\\(?:{FUNCTIONS})", answer[:end])
+        found = None if radians or end == len(answer) else read_unit(answer[end:], letters)
+        if found:
+            value, unit = answer[:end].strip(), found
+            break
+    if currency and ("dollar", 1) not in unit.powers:
+        unit = replace(unit, powers=tuple(sorted([*unit.powers, ("dollar", 1)])))
+    return value, unit
