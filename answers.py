@@ -119,6 +119,9 @@ class Gold:
     def _same_clauses(self, gold: str, golds: list[str], answer: str, answers: list[str]) -> bool:
         """Whether two lists say the same. What is said of several names belongs to its name."""
         if len(golds) == len(answers) == 1:
+            points = named_members(golds[0]), named_members(answers[0])
+            if all(len(point) > 1 and name_of(point[0]) for point in points):  # (x,y)=(1,2)
+                return self._matched(*points, self.same)
             return self._same_clause(golds[0], answers[0])
         several = [len({name_of(c) for c in side} - {""}) > 1 for side in (golds, answers)]
         if not any(several):
@@ -128,7 +131,8 @@ class Gold:
             return self._matched(*alternatives, self.same)
         golds, answers = (named_members(s[0]) if len(s) == 1 else s for s in (golds, answers))
         named = [all(map(name_of, side)) for side in (golds, answers)]
-        if all(named):
+        indexed = {re.sub(r"_(?:\{\d+\}|\d)$", "", name) for name in map(name_of, answers)}
+        if all(named) or (named[1] and len(indexed) == 1):  # the roots 1,3 as x_1=3, x_2=1
             return self._matched(golds, answers, self.same)
         unnamed = not any(map(name_of, answers if named[0] else golds))
         return unnamed and any(named) and self._in_order(golds, answers)
@@ -388,8 +392,7 @@ def equal_equations(golds: list[str], answers: list[str]) -> bool:
 def differ(g, a) -> bool:
     """Whether two expressions have different values, at 50 digits, at some points or (numbers) as they are.
 
-    Points where an even root or a logarithm is taken of a negative number do not count, if there are others:
-    \\ln a+\\ln b is \\ln(ab) where it is defined.
+    Points out of the domain do not count, if there are others: \\ln a+\\ln b is \\ln(ab) where both are defined.
     """
     draw = random.Random(0)
     symbols = sorted(g.free_symbols | a.free_symbols, key=str)
@@ -409,11 +412,19 @@ def differ(g, a) -> bool:
 
 
 def _domain(expression) -> set:
-    """What must not be negative for an expression to be real: under even roots, in logarithms, below real powers."""
+    """What is taken not to be negative: every factor under an even root, in a logarithm, below a real power."""
     import sympy
 
-    powers = {node.base for node in expression.atoms(sympy.Pow) if not node.exp.is_integer and node.base.free_symbols}
-    return powers | {node.args[0] for node in expression.atoms(sympy.log) if node.free_symbols}
+    powers = expression.atoms(sympy.Pow)
+    insides = {power.base for power in powers if not power.exp.is_integer}
+    insides |= {logarithm.args[0] for logarithm in expression.atoms(sympy.log)}
+    factors = {
+        factor
+        for inside in insides
+        for factor, exponent in inside.as_powers_dict().items()
+        if not (exponent.is_integer and exponent % 2 == 0)
+    }
+    return {factor for factor in factors if factor.free_symbols}
 
 
 def _is_at_least_zero(value) -> bool:
@@ -432,8 +443,9 @@ def is_zero(difference) -> bool:
     """Whether algebra shows it, the letters taken for positive: `differ` has tried the others."""
     import sympy
 
-    positive = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in difference.free_symbols}
-    for form in (difference, difference.subs(positive)):
-        if form.expand() == 0 or form.simplify() == 0 or form.expand(force=True).simplify() == 0:
-            return True
+    letters = {letter: sympy.Symbol(letter.name, positive=True) for letter in difference.free_symbols}
+    positive = difference.subs(letters)
+    apart = sympy.expand_log(sympy.expand_power_base(positive, force=True), force=True)
+    if any(form.expand() == 0 or form.simplify() == 0 for form in (difference, positive, apart)):
+        return True
     return difference.equals(0) is True

@@ -106,10 +106,11 @@ def _font(match: re.Match) -> str:
         return match[0]
     if re.fullmatch(FUNCTIONS, inside):
         return f"\\{inside} "
-    upright = font not in ("mathcal", "mathscr", "mathfrak", "mathbb")
+    single = len(inside) == 1 and inside.isalpha()
+    if font in ("mathcal", "mathscr", "mathfrak", "mathbb"):  # another letter
+        return f"{inside}_{{{font}}}" if single else f'"{inside}"'
     unit = inside in _UNIT_LETTERS and font in ("text", "mathrm") and re.search(r"[\d}] ?$", before)
-    bare = len(inside) == 1 and inside.isalpha() and not unit
-    if upright and (bare or inside.startswith("\\") or not re.search("[A-Za-z]", inside)):
+    if (single and not unit) or inside.startswith("\\") or not re.search("[A-Za-z]", inside):
         return " " * bool(re.search(r"\\[A-Za-z]+$", before)) + inside
     return f'"{inside}"'
 
@@ -144,6 +145,11 @@ def _open_ends(match: re.Match) -> str:
     return ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
 
 
+_ACCENTS = (
+    r"\\(vec|hat|bar|tilde|dot|ddot) ?"
+    r"(?:\{ ?([A-Za-z]|\\[A-Za-z]+) ?\}|([A-Za-z]|\\[ij]math)(?![A-Za-z]))",
+    _accent,
+)
 _SPELLING = [  # (what is written, one way to write it), applied in this order
     # Characters and blanks.
     (f"[{_SCRIPTS['^']}]+|[{_SCRIPTS['_']}]+", _script),
@@ -172,8 +178,9 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"(?<=\d\.)\((\d+)\)", r"\\overline{\1}"),
     (r"\\overrightarrow ?(?=\{[a-z]\})", r"\\vec"),
     (r"\\widehat ?(?=\{)", r"\\hat"),
-    (r"\\(vec|hat|bar|tilde|dot|ddot) ?(?:\{ ?([A-Za-z]|\\[A-Za-z]+) ?\}|([A-Za-z]|\\[ij]math)(?![A-Za-z]))", _accent),
+    _ACCENTS,
     *[(_FONT + r"\{([^{}]*)\}", _font)] * 3,  # one in the other
+    _ACCENTS,
     (_FONT + r"\{" + _IN_BRACES + r"\}", _font),
     (r'_\s*\{"\s*(\w*)\s*"\}', r"_{\1}"),
     (r'^"[^"]*(?:\b(?:is|are)|[=:]) *"', ""),  # the answer is
@@ -208,6 +215,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     # The set of all x with a property: the property.
     (r"^\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?::|\||\\mid(?![a-z]))(.*)\\\}$", r"\1"),
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset "),
+    (r"\\setminus ?\{([^{}]*)\}", r"\\setminus\\{\1\\}"),
     # Matrices and systems.
     (r"[\(\[] ?\\begin ?\{array\} ?\{[^{}]*\}(.*?)\\end ?\{array\} ?[\)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (
@@ -219,7 +227,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     # Operators, functions, scripts.
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (r"(?<=[\d})]) ?(?:\\angle|\\?cis)(?![A-Za-z]) ?(\S.*)$", r"(\\cos(\1)+i\\sin(\1))"),  # polar
+    (r"(?<=[\d})]) ?(?:\\angle|\"?\\?cis\"?)(?![A-Za-z]) ?(\S.*)$", r"(\\cos(\1)+i\\sin(\1))"),  # polar
     (rf"(?<![\\A-Za-z])(?:np\.)?({FUNCTIONS}|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"(\\sqrt(?:\[\d\])?) ?\(([^()]*)\)", r"\1{\2}"),

@@ -13,6 +13,11 @@ _NAME = re.compile(  # x, f(2), \angle ABC, \overline{AB}, Area, (x,y)
 )
 # One number with commas, and what may surround it.
 _THOUSANDS = re.compile(r"(?:[^,]*[^\d,.])?\d{1,3}(?:,\d{3})+(?!\d)[^,]*", re.DOTALL)
+_MATRIX = re.compile(
+    r"(.*?)(?:\\cdot|\\times)? ?\\begin\{([pv]matrix)\}(.*)\\end\{\2\}"
+    r"(\^\{?(?:T|\\top|\\intercal)\}?)?(?:(?:\\cdot|\\times) ?(.+))?",
+    re.DOTALL,
+)
 _SIGN = re.compile(r"<|>|\\(?:le|ge|ne)(?![A-Za-z])")
 
 
@@ -35,20 +40,19 @@ def named_members(clause: str) -> list[str]:
 
 def matrix(answer: str) -> tuple[str, list[list[str]]] | None:
     """(kind, rows) of a matrix; a number before it is multiplied into the entries, ^T exchanges rows and columns."""
-    match = re.fullmatch(
-        r"(.*?)(?:\\cdot|\\times)? ?\\begin\{([pv]matrix)\}(.*)\\end\{\2\}(\^\{?(?:T|\\top|\\intercal)\}?)?",
-        answer,
-        re.DOTALL,
-    )
-    if not match or r"\begin" in match[1] + match[3] or (match[1] and match[2] == "vmatrix"):
+    match = _MATRIX.fullmatch(answer)
+    if not match:
         return None
-    rows = [row.split("&") for row in match[3].removesuffix(r"\\").split(r"\\")]
-    factor = {"": "", "-": "-1"}.get(match[1], match[1])
+    before, kind, inside, transposed, behind = match.groups(default="")
+    factor = behind or {"-": "-1"}.get(before, before)
+    if r"\begin" in factor + inside or (factor and kind == "vmatrix") or (before and behind):
+        return None
+    rows = [row.split("&") for row in inside.removesuffix(r"\\").split(r"\\")]
     if factor:
         rows = [[_product(factor, entry) for entry in row] for row in rows]
-    if match[4]:
+    if transposed:
         rows = [list(column) for column in zip(*rows, strict=False)]
-    return match[2], rows
+    return kind, rows
 
 
 def _product(factor: str, entry: str) -> str:
@@ -68,6 +72,8 @@ def bound(clause: str) -> tuple[str, list[str]]:
     name, *sides = split(clause, "=")
     if not sides and rounded and _is_name(name):
         sides = rounded[:1]
+    if len(sides) == 1 and _is_name(sides[0]) and not _is_name(name):  # 5 = x
+        name, sides = sides[0], [name]
     return (name.replace('"', ""), sides) if sides and _is_name(name) else ("", [clause])
 
 
@@ -303,7 +309,7 @@ def region(answer: str, plain: bool = False) -> tuple[str, list[Interval]] | Non
 
 def _conjunction(answer: str, plain: bool) -> tuple[str, list[Interval]] | None:
     """(name, intervals) of inequalities that hold together. Where they cannot, commas mean `or`: x<1, x>2."""
-    parts = split(answer, ",", ";", r"\land")
+    parts = _excluded(split(answer, ",", ";", r"\land"))
     described = [_described(part, plain) for part in parts]
     if None in described:
         return None
@@ -316,6 +322,16 @@ def _conjunction(answer: str, plain: bool) -> tuple[str, list[Interval]] | None:
     if together == [] and r"\land" not in answer:
         together = [interval for _, found in described for interval in found]
     return None if together is None else (names.pop(), together)
+
+
+def _excluded(parts: list[str]) -> list[str]:
+    r"""x\ne1, 2 and x\ne\pm1 as the inequalities that they are."""
+    found: list[str] = []
+    for part in parts:
+        name, sign, _ = found[-1].partition(r"\ne") if found else ("", "", "")
+        part = name + sign + part if sign and rational(part) is not None else part
+        found += _signs(part) if r"\ne" in part else [part]
+    return found
 
 
 def _described(clause: str, plain: bool) -> tuple[str, list[Interval]] | None:

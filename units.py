@@ -16,6 +16,7 @@ _UNITS = {  # name: what else it is called. A name with a slash is a quotient.
     **{"gram": "g", "kilogram": "kg kilo", "milligram": "mg", "pound": "lb", "ounce": "oz", "ton": "t"},
     **{"second": "s sec", "minute": "min", "hour": "h hr", "week": "wk", "month": "mo", "year": "yr"},
     **{"liter": "L l", "milliliter": "mL ml", "gallon": "gal", "quart": "qt", "pint": "pt"},
+    **{"teaspoon": "tsp", "tablespoon": "tbsp", "am": "AM", "pm": "PM"},
     **{"dollar": "$ buck usd USD", "cent": "ct", "percent": "% pct", "point": "pts"},
     **{"degree": "deg ^\\circ", "celsius": "C", "fahrenheit": "F", "kelvin": "K", "radian": "rad"},
     **{"newton": "N", "joule": "J", "watt": "W", "volt": "V", "ampere": "A", "mole": "mol"},
@@ -41,9 +42,12 @@ _NO_UNITS = {
 _OPEN_ENDED = {"of", "for", "from", "with", "on"}  # what follows tells more of what is counted
 _FILLERS = {
     *("left", "remaining", "total", "each", "more", "altogether", "long", "wide", "tall", "high"),
-    *("deep", "old", "away", "apart", "approximately", "about", "exactly", "only", "extra", "the"),
+    *("and", "a", "deep", "old", "away", "apart", "approximately", "about", "exactly", "only", "extra", "the"),
 }
-_UNIT_TOKEN = re.compile(r"[A-Za-z]+(?:'s?(?![A-Za-z]))?|\^\{?-?\d\}?|\^\\circ|\\(?:cdot|times)|[ \"/()%.-]", re.DOTALL)
+_UNIT_TOKEN = re.compile(
+    r"[A-Za-z]+(?:'(?:s(?![A-Za-z]))?)?"  # a word: day, day's, days'
+    r"|\^\{?-?\d\}?|\^\\circ|\\(?:cdot|times)|[ \"/()%.-]",
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,14 @@ def _unit_name(word: str) -> str:
 
 def _is_word(word: str) -> bool:
     """Whether letters in no \\text{} behind a number are a word, and no product of variables."""
+    if word in _FILLERS or word in ("of", "an", "sq", "cu", "egg", "ant", "arm", "ear", "eye", "owl"):
+        return True
     known = _unit_name(word) in _UNITS or _scale(word.lower()) is not None
     if len(word) < 3:
-        return len(word) == 2 and (known or word in ("of", "an", "sq", "cu"))
+        return len(word) == 2 and known
     # Three letters: a consonant, a vowel, a letter, as in hat.
-    return known or len(word) > 3 or re.fullmatch("[b-df-hj-np-tv-z][aeiou][a-z]", word) is not None
+    noun = re.fullmatch("[b-df-hj-np-tv-z][aeiou][a-z]", word)
+    return known or len(word) > 3 or noun is not None
 
 
 class _UnitReader:
@@ -130,7 +137,7 @@ class _UnitReader:
             self.power = 2 if lower in ("square", "sq") else 3
         elif (factor := _scale(lower)) is not None:
             self.factor *= factor**self.sign
-        elif lower not in _FILLERS and lower not in ("a", "an"):
+        elif lower not in _FILLERS and lower != "an":
             self.unit(word)
         return True
 
@@ -149,19 +156,24 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
     """
     if base := re.fullmatch(r"_\{(\d+)\}", text):  # may be left out like a unit
         return Unit(((f"base {base[1]}", 1),))
+    text = text.replace("per cent", "percent")
     tokens = _UNIT_TOKEN.findall(text)
     if "".join(tokens) != text:
         return None
     reader = _UnitReader()
     letters = letters or re.match(r" ?(?:m/s|km/h)(?![A-Za-z])", text) is not None
+    ended = quoted = False
     for token in tokens:
         letters = letters or token in ('"', r"^\circ", "%")
-        word = token[0].isalpha()
-        if word and reader.ended_by(token.lower()):
-            break
-        if word and not ((letters or _is_word(token)) and reader.word(token)):
+        quoted = quoted != (token == '"')
+        if token[0].isalpha():
+            ended = ended or reader.ended_by(token.lower())
+            known = letters if quoted or not ended else len(token) > 1
+            if not (known or _is_word(token)) or not (ended or reader.word(token)):
+                return None
+        elif ended and token not in ' "().-':
             return None
-        if token in ("%", r"^\circ"):
+        elif token in ("%", r"^\circ"):
             reader.unit(token)
         elif token == "/":
             reader.sign = -1
