@@ -197,7 +197,8 @@ class Gold:
 
     def _same_value(self, gold: str, answer: str) -> bool:
         gold, gold_unit = quantity(gold)
-        answer, unit = quantity(answer, letters=bool(gold_unit.powers))
+        # Without algebra, or beside a unit, 5 m is a length.
+        answer, unit = quantity(answer, letters=bool(gold_unit.powers) or not self.symbolic)
         if unit.powers and not gold_unit.powers:
             gold, gold_unit = quantity(gold, letters=True)
         scales = {Fraction(1)}  # of the answer, for which it may be right

@@ -184,7 +184,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (_FONT + r"\{" + _IN_BRACES + r"\}", _font),
     (r'_\s*\{"\s*(\w*)\s*"\}', r"_{\1}"),
     (r'^"[^"]*(?:\b(?:is|are)|[=:]) *"', ""),  # the answer is
-    (r"^ ?\(([A-H])\) +(?=[^ +\-/^])", r'"(\1)"'),  # the letter of a choice, before its text
+    (r"^ ?\(?([A-H])\) +(?=[^ +\-/^])", r'"(\1)"'),  # the letter of a choice, before its text
     (r'^"\(?([A-H])\) *[.:]? *([^"]*)"', r'"(\1)"\2'),
     (r'^"([^"]*\d[^"]*|\([^"]\))"$', r"\1"),  # words stay quoted
     # Lists.

@@ -33,16 +33,21 @@ _PARTS = {  # and divide: in the plural only, 12 fifth graders are 12
     **{"halves": 2, "thirds": 3, "fourths": 4, "fifths": 5, "sixths": 6, "sevenths": 7, "eighths": 8},
     **{"ninths": 9, "tenths": 10, "hundredths": 100, "thousandths": 10**3, "millionths": 10**6},
 }
-# Behind a number these make another number, or a condition, of it.
+# Behind a number these make another number of it.
 _NO_UNITS = {
-    *("below", "under", "minus", "negative", "plus", "times", "over", "mod", "modulo", "not", "no"),
-    *("non", "without", "out", "to", "than", "or", "least", "most", "if", "when", "where", "unless"),
-    *("except", "half", "factorial", "zero", "infinity", "choose", "root", "power"),
+    *("below", "under", "minus", "plus", "negative", "mod", "modulo", "not", "no", "non", "or"),
+    *("least", "most", "half", "factorial", "zero", "infinity"),
 }
 _OPEN_ENDED = {"of", "for", "from", "with", "on"}  # what follows tells more of what is counted
+# Words of few letters that are no products of variables; and those that name no unit.
+_SHORT = {
+    *("of", "an", "in", "at", "on", "to", "by", "is", "as", "up", "it", "he", "we", "be", "so", "if"),
+    *("are", "all", "the", "and", "for", "out", "off", "one", "our", "she", "who", "old", "after"),
+    *("sq", "cu", "a", "egg", "ant", "arm", "ear", "eye", "owl"),
+}
 _FILLERS = {
-    *("left", "remaining", "total", "each", "more", "altogether", "long", "wide", "tall", "high"),
-    *("and", "a", "deep", "old", "away", "apart", "approximately", "about", "exactly", "only", "extra", "the"),
+    *("and", "a", "the", "left", "remaining", "total", "each", "more", "altogether", "extra", "only"),
+    *("long", "wide", "tall", "high", "deep", "old", "away", "apart", "approximately", "about"),
 }
 _UNIT_TOKEN = re.compile(
     r"[A-Za-z]+(?:'(?:s(?![A-Za-z]))?)?"  # a word: day, day's, days'
@@ -86,7 +91,7 @@ def _unit_name(word: str) -> str:
 
 def _is_word(word: str) -> bool:
     """Whether letters in no \\text{} behind a number are a word, and no product of variables."""
-    if word in _FILLERS or word in ("of", "an", "sq", "cu", "egg", "ant", "arm", "ear", "eye", "owl"):
+    if word in _SHORT:
         return True
     known = _unit_name(word) in _UNITS or _scale(word.lower()) is not None
     if len(word) < 3:
@@ -152,24 +157,24 @@ class _UnitReader:
 def read_unit(text: str, letters: bool = False) -> Unit | None:
     """The unit that `text`, which stands behind a value, is. None: it is none.
 
-    letters: single letters and short words count without a \\text{}, too.
+    letters: those that are units count without a \\text{}, too.
     """
     if base := re.fullmatch(r"_\{(\d+)\}", text):  # may be left out like a unit
         return Unit(((f"base {base[1]}", 1),))
     text = text.replace("per cent", "percent")
     tokens = _UNIT_TOKEN.findall(text)
-    if "".join(tokens) != text:
+    if "".join(tokens) != text or text.startswith(".") or tokens[0] in _SHORT:
         return None
     reader = _UnitReader()
-    letters = letters or re.match(r" ?(?:m/s|km/h)(?![A-Za-z])", text) is not None
-    ended = quoted = False
+    letters = letters or re.match(r" ?m/s(?![A-Za-z])", text) is not None
+    quoted = marked = ended = False  # in a quote; behind one, a % or a degree; behind an `of`
     for token in tokens:
-        letters = letters or token in ('"', r"^\circ", "%")
         quoted = quoted != (token == '"')
+        marked = marked or token in ('"', r"^\circ", "%")
         if token[0].isalpha():
             ended = ended or reader.ended_by(token.lower())
-            known = letters if quoted or not ended else len(token) > 1
-            if not (known or _is_word(token)) or not (ended or reader.word(token)):
+            sure = quoted or (marked and not ended) or (letters and token in _NAMES)
+            if not (sure or _is_word(token)) or not (ended or reader.word(token)):
                 return None
         elif ended and token not in ' "().-':
             return None
@@ -188,7 +193,8 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
 
 def _behind_number(answer: str) -> int:
     """Where the longest rational number that the answer begins with ends."""
-    return max((match.end() for pattern in RATIONALS if (match := pattern.match(answer))), default=0)
+    end = max((match.end() for pattern in RATIONALS if (match := pattern.match(answer))), default=0)
+    return 0 if answer[:end].endswith(".") else end  # 3. Conclusion
 
 
 @functools.lru_cache(maxsize=4096)
