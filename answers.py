@@ -1,26 +1,47 @@
 r"""Whether two mathematical answers are equal: the graders `number` and `math`.
 
-Both read the last balanced \boxed{} of the text, wherever it stands; without one, what stands behind the last `####`,
-on its line; without either the score is 0. They reject when in doubt: a wrong answer that is accepted is learned.
-`number` compares exact rationals; `math` adds symbolic equality, which sympy and the LaTeX parser of math-verify
-decide (reward.py runs them where they can be killed). Their policies:
+They reject when in doubt, as a wrong answer that is accepted is learned; and take a plain right answer
+however it is written. `number` compares exact rationals; `math` adds symbolic equality, which sympy and
+the LaTeX parser of math-verify decide (reward.py runs them where they can be killed). Their policies,
+each with what is meant by it in tests/test_answers.py:
 
-    no box, \boxed 7, \fbox{7}      0; of nested boxes the outer counts, of several the last that is closed
-    2/4, 0.50, 1e2, 1\frac34        equal 1/2, 1/2, 100, 7/4: values are compared, not their form
-    0.333333 against 1/3            0: exact, unless the reference gives a tolerance
-    10\% against 10 or 0.1          1: a percentage equals its face value or a hundredth; of two, the face values count
-    90^\circ, 5\text{ cm}, \$5      a unit may be left out, not exchanged: 5\text{ m} against 5\text{ cm} is 0
-    2,3 against 3,2 or \{2,3\}      1: order counts inside (), [) and matrices only, and (2,3) is no such list
-    1,234                           one number; in brackets, or where the reference says `multiple`, two
-    x=5 against 5                   1, either way round; y=5 against x=5 is 0
-    x>2 against (2,\infty)          1: an inequality for one name is its interval
-    1:2 against 1/2                 0: a ratio equals a ratio only
-    101_2 against 5, or 101_3       0; the base may be left out, like a unit
-    Monday, (A)                     as text; case counts in one or two letters only
+    \boxed{7}                          the last balanced box, wherever it stands; of nested ones the outer
+    #### 18                            without a box, what stands behind the last ####, on its line
+    \boxed 7, \fbox{7}, no mark        0
+    2/4, 0.50, 1e2, 1\frac34           equal 1/2, 1/2, 100, 7/4: values are compared, not their form
+    1e16, a JSON number                is 10^{16}; e+16 is e plus 16
+    0.333333 against 1/3               0: exact, unless the reference gives a tolerance; 0.\bar{3} is 1/3
+    99^2-98^2 against 197              0: a plain number is asked for; one operation (6!, \binom52) will do
+    2+3=5 against 5                    1, where all its sides are equal
+    10\% against 10 or 0.1             1: a percentage equals its face value or a hundredth; of two, the face
+    90^\circ, 5\text{ cm}, \$5         a unit may be left out, not exchanged: 5\text{ m} for 5\text{ cm} is 0
+    5\text{ cm} against 5\text{ cm}^2  0: units are products of powers; mph is miles per hour
+    5\text{ million} against 5         0, and against 5000000 1: a factor. So are dozen, tenths and the like
+    5\text{ below zero} against 5      0: neither a unit nor a factor
+    60 mph, 18 dollars per day         words behind a plain number are units; 7x and 7 xy are products
+    2,3 against 3,2 or \{2,3\}         1: order counts inside (), [) and matrices only; (2,3) is no such list
+    1,234                              one number; in brackets, or where the reference lists several, two
+    12, 144                            two numbers; so are 12,\ 144 and 12; 144
+    1, 2, and 3                        1, 2, 3; but 1,,3 has an empty place
+    x=5 against 5                      1, either way round; y=5 against x=5 is 0
+    x=1,y=2 against 2,1                0: names are bound to values; 1,2 leaves them out, in order
+    x>2 against (2,\infty)             1: an inequality for one name is its interval
+    x>2 and x<5 against 2<x<5          1; with `or` all numbers. A comma is `and`, unless nothing would be left
+    |x|<2, \mathbb{R}\setminus\{3\}    the intervals that they are; so is x\ne3
+    \pm\sqrt2\pm\sqrt3                 four values; with a \mp two
+    1:2 against 1/2                    0: a ratio equals a ratio only
+    101_2 against 5, or 101_3          0; the base may be left out, like a unit
+    Monday, (A)                        as text; case counts in one or two letters only
+    \textbf{(C) }12                    equals 12, and (C)
+    \text{R}, \mathbf{j}, \vec{a}      the letters R, j, a; \bar{x} and \mathcal{F} are others than x and F
+    \sqrt{1/n} against 1/\sqrt{n}      1: equal where both are defined. |x| is not x; odd roots are real
+    \frac12 before a matrix            is multiplied into its entries
 """
 
+import ast
 import functools
 import itertools
+import operator
 import random
 import re
 from dataclasses import dataclass, replace
@@ -74,6 +95,11 @@ _OPERATION = re.compile(
     rf"|\\(?:{FUNCTIONS})(?:_(?:\{{{_PLAIN}\}}|\w))? ?\{{?{_PLAIN}\}}?)"
 )
 
+_OPERATORS = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.UAdd: operator.add, ast.USub: operator.sub},  # with 0 before it
+}
+
 
 @dataclass(frozen=True)
 class Gold:
@@ -114,7 +140,8 @@ class Gold:
 
     def _same_interval(self, gold: Interval, answer: Interval) -> bool:
         ends = [[interval.low, interval.high] for interval in (gold, answer)]
-        return gold.closed == answer.closed and self._in_order(*ends)
+        one = replace(self, multiple=False)
+        return gold.closed == answer.closed and all(map(one.same, *ends))
 
     def _same_clauses(self, gold: str, golds: list[str], answer: str, answers: list[str]) -> bool:
         """Whether two lists say the same. What is said of several names belongs to its name."""
@@ -209,7 +236,8 @@ class Gold:
         if gold_unit.powers and unit.powers and gold_unit.powers != unit.powers:
             return False
         gold, answer = (b[1] if (b := bracketed(side, r"\(", r"\)")) else side for side in (gold, answer))
-        g, a = rational(gold), rational(answer)
+        read = rational if self.evaluated else arithmetic
+        g, a = read(gold), read(answer)
         if g is not None and a is not None:
             g, a = g * gold_unit.factor, a * unit.factor
             percents = [("percent", 1) in powers for powers in (gold_unit.powers, unit.powers)]
@@ -224,6 +252,31 @@ class Gold:
             return False
         gold, answer = scaled(gold, gold_unit), scaled(answer, unit)
         return equal_expressions(gold, answer, self.tolerance)
+
+
+def arithmetic(expression: str) -> Fraction | None:
+    """The value of sums and products of rational numbers, as in 2+3=5; None of anything else."""
+    if (value := rational(expression)) is not None:
+        return value
+    plain = re.sub(r"\\(?:cdot|times)(?![A-Za-z])", "*", expression).replace(r"\div", "/")
+    if len(plain) > 100 or not re.fullmatch(r"[\d.+\-*/() ]+", plain):
+        return None
+    try:
+        return _evaluated(ast.parse(plain.strip(), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError):
+        return None
+
+
+def _evaluated(node: ast.expr) -> Fraction | None:
+    if isinstance(node, ast.Constant):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+        value = _evaluated(node.operand)
+        return None if value is None else _OPERATORS[type(node.op)](Fraction(0), value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _evaluated(node.left), _evaluated(node.right)
+        return None if left is None or right is None else _OPERATORS[type(node.op)](left, right)
+    return None
 
 
 def one_operation(answer: str) -> bool:
@@ -448,5 +501,11 @@ def is_zero(difference) -> bool:
     positive = difference.subs(letters)
     apart = sympy.expand_log(sympy.expand_power_base(positive, force=True), force=True)
     if any(form.expand() == 0 or form.simplify() == 0 for form in (difference, positive, apart)):
+        return True
+    squares = difference.replace(  # of x^2-2x+1 the root is |x-1|
+        lambda node: node.is_Pow and not node.exp.is_integer,
+        lambda node: node.base.factor() ** node.exp,
+    )
+    if squares.simplify() == 0:
         return True
     return difference.equals(0) is True

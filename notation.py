@@ -4,7 +4,7 @@ Everything here reads one answer and compares nothing; answers.py compares. One 
 into one spelling, and keeps what the later rules need:
 
     "cm"            what a \text{} holds, in double quotes; nothing else stands in them
-    ,  and  ;       a comma as it was; a semicolon where blanks show that `12, 144` is a list and no number
+    ,  and  ;       a comma as it was; a semicolon for one before a blank: `12, 144` is no number
     \land, \lor     `and` and `or`, whether words or signs
     \$              a dollar; the $ around formulas is gone
 """
@@ -178,6 +178,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"(?<=\d\.)\((\d+)\)", r"\\overline{\1}"),
     (r"\\overrightarrow ?(?=\{[a-z]\})", r"\\vec"),
     (r"\\widehat ?(?=\{)", r"\\hat"),
+    (r"\\vec ?(?=\{[A-Z]{2}\})", r"\\overrightarrow"),
     _ACCENTS,
     *[(_FONT + r"\{([^{}]*)\}", _font)] * 3,  # one in the other
     _ACCENTS,
@@ -192,7 +193,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"(?<=[\s\d)}\]\"])and(?=[\s\d(\\\"-])|\\wedge(?![A-Za-z])|\\&", r"\\land "),
     (r"(?<=[\s\d)}\]\"])or(?=[\s\d(\\\"-])|\\vee(?![A-Za-z])", r"\\lor "),
     (r"[ ,;]*(\\land|\\lor)(?![A-Za-z])[ ,]*", r"\1 "),
-    (r"(\d) ?, +(?=\d)", r"\1;"),
+    (r" ?, +(?=\S)", ";"),
     (r"(?<=[\)\]\}]) ?U ?(?=[\(\[\\])", r"\\cup "),
     # One name for each command.
     (r"\{" + _IN_BRACES + r"\\over(?![A-Za-z])" + _IN_BRACES + r"\}", r"\\frac{\1}{\2}"),

@@ -9,10 +9,10 @@ from notation import bracketed, rational, split
 
 _NAME = re.compile(  # x, f(2), \angle ABC, \overline{AB}, Area, (x,y)
     r"(?!.*\\(?:frac|sqrt|pi|cdot|times|emptyset|infty|binom))"
-    r"[A-Za-z\\][A-Za-z\\ {}]*'*(?:\([^()]*\))?|\(\w(?:,\w)+\)"
+    r"[A-Za-z\\][A-Za-z\\ {}]*'*(?:\([^()]*\))?|\(\w(?:[,;]\w)+\)"
 )
-# One number with commas, and what may surround it.
-_THOUSANDS = re.compile(r"(?:[^,]*[^\d,.])?\d{1,3}(?:,\d{3})+(?!\d)[^,]*", re.DOTALL)
+# Numbers with commas and no other commas between them.
+_THOUSANDS = re.compile(r"(?:(?:[^,]*[^\d,.])?\d{1,3}(?:,\d{3})+(?!\d))+[^,]*", re.DOTALL)
 _MATRIX = re.compile(
     r"(.*?)(?:\\cdot|\\times)? ?\\begin\{([pv]matrix)\}(.*)\\end\{\2\}"
     r"(\^\{?(?:T|\\top|\\intercal)\}?)?(?:(?:\\cdot|\\times) ?(.+))?",
@@ -62,7 +62,7 @@ def _product(factor: str, entry: str) -> str:
 
 def choice(answer: str) -> tuple[str, str]:
     """(letter, text) of the answer to a multiple choice that names both; ("", answer) otherwise."""
-    match = re.fullmatch(r'"\(([A-H])\)"(.+)', answer, re.DOTALL)
+    match = re.fullmatch(r'"\(([A-H])\)"((?:(?!\([A-H]\)).)+)', answer, re.DOTALL)
     return (match[1], match[2]) if match else ("", answer)
 
 
@@ -74,7 +74,7 @@ def bound(clause: str) -> tuple[str, list[str]]:
         sides = rounded[:1]
     if len(sides) == 1 and _is_name(sides[0]) and not _is_name(name):  # 5 = x
         name, sides = sides[0], [name]
-    return (name.replace('"', ""), sides) if sides and _is_name(name) else ("", [clause])
+    return (name.replace('"', "").replace(";", ","), sides) if sides and _is_name(name) else ("", [clause])
 
 
 def _is_name(side: str) -> bool:
@@ -97,11 +97,17 @@ def clauses(answer: str, multiple: bool = False) -> list[str]:
     name, inside = (name, sides[-1]) if name else _element_of(answer)
     if (members := set_members(inside if name else answer)) is not None:
         return [value for member in members for value in _signs(f"{name}={member}" if name else member)]
+    parts = [part for either in split(answer, r"\lor") for part in _joined(either, multiple)]
+    return [value for part in parts for value in _signs(part)]
+
+
+def _joined(answer: str, multiple: bool = False) -> list[str]:
+    """What commas and `and` join."""
     found = []
-    for part in split(answer, ";", r"\land", r"\lor"):
+    for part in split(answer, ";", r"\land"):
         whole = _THOUSANDS.fullmatch(part) and not multiple
         found += [part] if whole else split(part, ",")
-    return [value for part in found for value in _signs(part)]
+    return found
 
 
 def _element_of(answer: str) -> tuple[str, str]:
@@ -309,7 +315,7 @@ def region(answer: str, plain: bool = False) -> tuple[str, list[Interval]] | Non
 
 def _conjunction(answer: str, plain: bool) -> tuple[str, list[Interval]] | None:
     """(name, intervals) of inequalities that hold together. Where they cannot, commas mean `or`: x<1, x>2."""
-    parts = _excluded(split(answer, ",", ";", r"\land"))
+    parts = _excluded(_joined(answer))
     described = [_described(part, plain) for part in parts]
     if None in described:
         return None
