@@ -49,7 +49,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from notation import CLOSE, FUNCTIONS, GREEK, GROUP, OPEN, TOKEN, bracketed, plain_text, rational, spelled, split
-from statements import Interval, bound, choice, clauses, matrix, name_of, named_members, region
+from statements import Interval, bound, choice, clauses, matrix, name_of, named_members, region, steps
 from units import Unit, quantity, read_unit
 
 
@@ -182,20 +182,16 @@ class Gold:
         """One value or equation each. `name = value` and `2+3=5` are as good as the value."""
         gold_name, golds = bound(gold)
         name, answers = bound(answer)
-        golds, answers = (
-            sides if bound_name else split(split(side, r"\approx")[0], "=")
-            for side, bound_name, sides in ((gold, gold_name, golds), (answer, name, answers))
-        )
-        values = [not bound_name and len(sides) == 1 for bound_name, sides in ((gold_name, golds), (name, answers))]
-        if all(values):
+        is_value = [not gold_name and len(golds) == 1, not name and len(answers) == 1]
+        if all(is_value):
             return self._same_structure(golds[0], answers[0])
-        if not any(values) and (not name or name != gold_name):
+        if not any(is_value) and (not name or name != gold_name):
             return self._same_equation(split(gold, "="), split(answer, "="))
-        steps = replace(self, evaluated=False)  # to the last side
-        if gold_name:
-            golds = golds[-1:]
+        golds = golds[-1:] if gold_name else golds
+        before = steps(answers) if name else answers[:-1]
+        between = replace(self, evaluated=False)
         return self.same(golds[-1], answers[-1]) and all(
-            steps.same(*pair) for pair in itertools.product(golds, answers)
+            between.same(*pair) for pair in itertools.product(golds, [*before, answers[-1]])
         )
 
     def _same_equation(self, golds: list[str], answers: list[str]) -> bool:
@@ -380,7 +376,7 @@ def parsed(answer: str):
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-    if (value := rational(answer)) is not None and not re.search("e[+-]", answer):  # 2e-3 for 2e - 3
+    if (value := rational(answer)) is not None and not re.search("[eE][+-]", answer):  # 2e-3 for 2e - 3
         return sympy.Rational(value.numerator, value.denominator)
     if re.search(rf"\\(?:{FUNCTIONS})", answer):
         answer = answer.replace(r"^\circ", r"\cdot \frac{\pi}{180}")

@@ -52,11 +52,20 @@ _SIGNS = {  # what it means in LaTeX: the characters that mean it
     r"\rfloor ": "⌋",
     r"\lceil ": "⌈",
     r"\rceil ": "⌉",
+    r"\{": "｛",  # noqa: RUF001
+    r"\}": "｝",  # noqa: RUF001
+    ", ": "、",
+    ".": "。",
+    r"\ldots ": "…",
+    r"\text{euro}": "€",
+    r"\text{pound}": "£",
+    r"\text{yen}": "¥￥",
+    r"\text{ cent}": "¢￠",
 }
 _CHARACTERS = str.maketrans(
     GREEK
-    | {character: latex for latex, characters in _SIGNS.items() for character in characters}
     | {chr(wide): chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}  # full width
+    | {character: latex for latex, characters in _SIGNS.items() for character in characters}
     | {
         vulgar: r"\frac{" + unicodedata.normalize("NFKC", vulgar).replace("\u2044", "}{") + "}"
         for vulgar in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -118,7 +127,6 @@ def _font(match: re.Match) -> str:
 def _accent(match: re.Match) -> str:
     r"""\vec{a} is a, as \mathbf{a} is; \hat{i} is the unit vector i; any other accent makes another letter."""
     accent, letter = match[1], match[2] or match[3]
-    letter = {r"\imath": "i", r"\jmath": "j"}.get(letter, letter)
     if accent == "vec" or (accent == "hat" and letter in ("i", "j", "k")):
         return letter + " " * letter.startswith("\\")
     return f"{letter}_{{{accent}}}"
@@ -147,7 +155,7 @@ def _open_ends(match: re.Match) -> str:
 
 _ACCENTS = (
     r"\\(vec|hat|bar|tilde|dot|ddot) ?"
-    r"(?:\{ ?([A-Za-z]|\\[A-Za-z]+) ?\}|([A-Za-z]|\\[ij]math)(?![A-Za-z]))",
+    r"(?:\{ ?([A-Za-z]|\\[A-Za-z]+) ?\}|([A-Za-z])(?![A-Za-z]))",
     _accent,
 )
 _SPELLING = [  # (what is written, one way to write it), applied in this order
@@ -166,6 +174,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"(?<!\\)\\[,;: ]|~|\s+", " "),
     (r"\\text ?\{ ?\\?\$ ?\}", r"\\$"),
     (r"^.*$", _dollars),
+    (r"US ?\\\$", r"\\$"),
     (r"([-+]) ?\\\$", r"\\$\1"),
     (r"\\%", "%"),
     # Letters and words.
@@ -175,10 +184,14 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"\\mathbb ?\{?R(?:eals)?\}?", r"\\mathbb{R}"),
     (r"(?<=\.)(\d*)\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\1\\overline{\2\3\4}"),
     (r"(?<=\.)(\d*)\\(?:bar|dot|overline) ?\{?(\d+)\}?", r"\1\\overline{\2}"),
-    (r"(?<=\d\.)\((\d+)\)", r"\\overline{\1}"),
-    (r"\\overrightarrow ?(?=\{[a-z]\})", r"\\vec"),
+    (r"(?<=\.)(\d*)\((\d+)\)$", r"\1\\overline{\2}"),
+    # 0.333..., 0.1212...
+    (r"(?<=\.)(\d*?)(?:(\d)\2\2+|(\d\d+?)\3+) ?(?:\\[lc]?dots|\.\.\.) ?$", r"\1\\overline{\2\3}"),
+    (r"\\[ij]math(?![A-Za-z])", lambda m: m[0][1]),
+    (r"\\(?:rm|bf|it)(?![A-Za-z]) ?", ""),
+    (r"\\(?:overrightarrow|vec) ?\{ ?([A-Z]{2}) ?\}", r"\1_{vec}"),
+    (r"\\overrightarrow ?(?=\{)", r"\\vec"),
     (r"\\widehat ?(?=\{)", r"\\hat"),
-    (r"\\vec ?(?=\{[A-Z]{2}\})", r"\\overrightarrow"),
     _ACCENTS,
     *[(_FONT + r"\{([^{}]*)\}", _font)] * 3,  # one in the other
     _ACCENTS,
@@ -188,6 +201,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"^ ?\(?([A-H])\) +(?=[^ +\-/^])", r'"(\1)"'),  # the letter of a choice, before its text
     (r'^"\(?([A-H])\) *[.:]? *([^"]*)"', r'"(\1)"\2'),
     (r'^"([^"]*\d[^"]*|\([^"]\))"$', r"\1"),  # words stay quoted
+    (r'"[Aa]ll real(?:s| numbers)"', r"\\mathbb{R}"),
     # Lists.
     (r'"([^"]*)"', _connected),
     (r"(?<=[\s\d)}\]\"])and(?=[\s\d(\\\"-])|\\wedge(?![A-Za-z])|\\&", r"\\land "),
@@ -218,6 +232,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset "),
     (r"\\setminus ?\{([^{}]*)\}", r"\\setminus\\{\1\\}"),
     # Matrices and systems.
+    (r"\\cr(?![A-Za-z])", r"\\\\"),
     (r"[\(\[] ?\\begin ?\{array\} ?\{[^{}]*\}(.*?)\\end ?\{array\} ?[\)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (
         r"[\(\[] ?\\begin ?\{(?:small)?matrix\}(.*?)\\end ?\{(?:small)?matrix\} ?[\)\]]",
@@ -274,7 +289,7 @@ def plain_text(answer: str) -> str:
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
 RATIONALS = [
-    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:(?:e|(?:\\times|\\cdot) ?10\^\{{)(?P<power>[+-]?\d{{1,3}})\}}?)?"),
+    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:(?:e|E(?!\+)|(?:\\times|\\cdot) ?10\^\{{)(?P<power>[+-]?\d{{1,3}})\}}?)?"),
     re.compile(r"([+-]?)(?P<n>1)0\^\{(?P<power>[+-]?\d{1,3})\}"),
     re.compile(rf"([+-]?)(?P<whole>\d+)? ?(?:\\frac\{{(?P<n>[+-]?{_DECIMAL})\}}\{{(?P<d>[+-]?{_DECIMAL})\}})"),
     re.compile(rf"([+-]?)(?:(?P<whole>\d+) )?(?P<n>{_DECIMAL})/(?P<d>{_DECIMAL})"),
@@ -288,7 +303,8 @@ def rational(answer: str) -> Fraction | None:
     match = next(filter(None, (pattern.fullmatch(answer) for pattern in RATIONALS)), None)
     if not match or len(answer) > 2000:  # Python reads no integers of more than 4,300 digits
         return None
-    found = {name: text.replace(",", "") for name, text in match.groupdict().items() if text}
+    found = {name: "0" * text.startswith(".") + text for name, text in match.groupdict().items() if text}
+    found = {name: text.replace(",", "") for name, text in found.items()}
     defaults = (("n", 0), ("d", 1), ("whole", 0))
     n, d, whole = (Fraction(found.get(name, default)) for name, default in defaults)
     if not d or (whole and not 0 < n < d):

@@ -2,6 +2,7 @@ r"""What an answer states: the values of a list, names bound to values, sets of 
 
 import itertools
 import re
+import string
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ _NAME = re.compile(  # x, f(2), \angle ABC, \overline{AB}, Area, (x,y)
 )
 # Numbers with commas and no other commas between them.
 _THOUSANDS = re.compile(r"(?:(?:[^,]*[^\d,.])?\d{1,3}(?:,\d{3})+(?!\d))+[^,]*", re.DOTALL)
+_LETTERS = set(string.ascii_letters)
 _MATRIX = re.compile(
     r"(.*?)(?:\\cdot|\\times)? ?\\begin\{([pv]matrix)\}(.*)\\end\{\2\}"
     r"(\^\{?(?:T|\\top|\\intercal)\}?)?(?:(?:\\cdot|\\times) ?(.+))?",
@@ -33,7 +35,7 @@ def named_members(clause: str) -> list[str]:
     brackets = bracketed(sides[-1], r"\(", r"\)")
     members = split(brackets[1], ",", ";") if brackets else []
     names = split(name[1:-1], ",") if name.startswith("(") else [""] * len(members) * (not name)
-    if len(members) < 2 or len(names) != len(members):
+    if len(members) < 2 or len(sides) > 1 or len(names) != len(members):
         return [clause]
     return [f"{n}={member}" if n else member for n, member in zip(names, members, strict=True)]
 
@@ -67,14 +69,22 @@ def choice(answer: str) -> tuple[str, str]:
 
 
 def bound(clause: str) -> tuple[str, list[str]]:
-    """(name, the sides that give it) of a spelled `name = value = ...`; ("", [clause]) otherwise."""
+    """(name, the sides that give it) of a spelled `name = value = ...`; ("", all sides) otherwise."""
     clause, *rounded = split(clause, r"\approx")
     name, *sides = split(clause, "=")
     if not sides and rounded and _is_name(name):
         sides = rounded[:1]
     if len(sides) == 1 and _is_name(sides[0]) and not _is_name(name):  # 5 = x
         name, sides = sides[0], [name]
-    return (name.replace('"', "").replace(";", ","), sides) if sides and _is_name(name) else ("", [clause])
+    if sides and _is_name(name):
+        return name.replace('"', "").replace(";", ","), sides
+    return "", [name, *sides]
+
+
+def steps(sides: list[str]) -> list[str]:
+    r"""The sides before the last that give its value, too. \pi r^2 is a formula for 9\pi, and not one of them."""
+    letters = [set(re.sub(r'\\[A-Za-z]+|"[^"]*"', "", side)) & _LETTERS for side in sides]
+    return [side for side, found in zip(sides[:-1], letters, strict=False) if found <= letters[-1]]
 
 
 def _is_name(side: str) -> bool:
@@ -345,8 +355,8 @@ def _described(clause: str, plain: bool) -> tuple[str, list[Interval]] | None:
     if (found := inequality(clause)) is not None:
         return found
     name, sides = bound(clause)
-    if name and not set_members(sides[-1]):
+    is_set = re.search(r"\\(?:cup|setminus)(?![A-Za-z])", sides[-1])
+    if name and not is_set and not set_members(sides[-1]):
         return name, [Interval(sides[-1], sides[-1], (True, True))]
-    is_set = plain or re.search(r"\\(?:cup|setminus)(?![A-Za-z])", clause)
-    found = intervals(clause) if is_set and not name else None
+    found = intervals(sides[-1]) if is_set or (plain and not name) else None  # D = (1,2] is no x
     return None if found is None else ("", found)

@@ -49,9 +49,10 @@ _FILLERS = {
     *("and", "a", "the", "left", "remaining", "total", "each", "more", "altogether", "extra", "only"),
     *("long", "wide", "tall", "high", "deep", "old", "away", "apart", "approximately", "about"),
 }
+_CURRENCY = re.compile(r'\\\$|"(euro|pound|yen)"')
 _UNIT_TOKEN = re.compile(
     r"[A-Za-z]+(?:'(?:s(?![A-Za-z]))?)?"  # a word: day, day's, days'
-    r"|\^\{?-?\d\}?|\^\\circ|\\(?:cdot|times)|[ \"/()%.-]",
+    r"|\^\{?-?\d\}?|\^\\circ|\\(?:cdot|times)|\\\$|[ \"/()%.-]",
 )
 
 
@@ -178,8 +179,8 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
                 return None
         elif ended and token not in ' "().-':
             return None
-        elif token in ("%", r"^\circ"):
-            reader.unit(token)
+        elif token in ("%", r"^\circ", r"\$"):
+            reader.unit(token.strip("\\"))
         elif token == "/":
             reader.sign = -1
         elif token in "()":
@@ -200,8 +201,8 @@ def _behind_number(answer: str) -> int:
 @functools.lru_cache(maxsize=4096)
 def quantity(answer: str, letters: bool = False) -> tuple[str, Unit]:
     """(value, unit) of a spelled answer. Words without a \\text{} are a unit behind a plain number only."""
-    currency = answer.startswith(r"\$")
-    answer = answer.removeprefix(r"\$")
+    sign = _CURRENCY.match(answer)
+    answer = answer[sign.end() :] if sign else answer
     value, unit = answer, Unit()
     mark = re.search(r'"|%|\^\\circ(?![A-Za-z])|(?<=\d)_\{\d+\}$', answer)
     for end in filter(None, (_behind_number(answer), mark.start() if mark else 0)):
@@ -210,6 +211,7 @@ def quantity(answer: str, letters: bool = False) -> tuple[str, Unit]:
         if found:
             value, unit = answer[:end].strip(), found
             break
-    if currency and ("dollar", 1) not in unit.powers:
-        unit = replace(unit, powers=tuple(sorted([*unit.powers, ("dollar", 1)])))
+    currency = (_unit_name((sign[1] or sign[0]).strip("\\")), 1) if sign else None
+    if currency and currency not in unit.powers:
+        unit = replace(unit, powers=tuple(sorted([*unit.powers, currency])))
     return value, unit

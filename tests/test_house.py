@@ -85,7 +85,7 @@ def test_every_config_field_is_read_somewhere():
 def test_the_budget_of_knobs_and_lines_holds():
     assert len(run.all_keys(train.Config)) <= 72
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SOURCES}
-    assert sum(lines.values()) <= 7400 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2050
+    assert sum(lines.values()) <= 7600 and sum(lines[n] for n in ("train", "spro", "sample", "model")) <= 2050
     for name, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (name, node.name) != ("train", "train"):  # the visible loop
