@@ -103,7 +103,8 @@ def _dollars(match: re.Match) -> str:
     r"""A whole answer, without the $ around formulas. One alone, before a number, is the currency."""
     answer = match[0]
     if len(re.findall(r"(?<!\\)\$", answer)) % 2:
-        answer = re.sub(r"(?<!\\)\$(?= ?[-.\d])", r"\\$", answer, count=1)
+        amount = r" ?-?[\d.,]*\d(?=\.?$| ?/| ?\\text| ?\(| ?[A-Za-z]{3})"
+        answer = re.sub(rf"(?<!\\)\$(?={amount})", r"\\$", answer, count=1)
     return re.sub(r"(?<!\\)\$", "", answer)
 
 

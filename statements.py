@@ -15,6 +15,11 @@ _NAME = re.compile(  # x, f(2), \angle ABC, \overline{AB}, Area, (x,y)
 # Numbers with commas and no other commas between them.
 _THOUSANDS = re.compile(r"(?:(?:[^,]*[^\d,.])?\d{1,3}(?:,\d{3})+(?!\d))+[^,]*", re.DOTALL)
 _LETTERS = set(string.ascii_letters)
+_CHOICE = re.compile(  # a letter and no other, and what it stands for
+    r'"\(([A-H])\)"(?!\\(?:lor|land|cup|cap|in|setminus|cdot|times)(?![A-Za-z])|[,;=<>+*/^_!)-])'
+    r"((?:(?!\([A-H]\)).)+)",
+    re.DOTALL,
+)
 _MATRIX = re.compile(
     r"(.*?)(?:\\cdot|\\times)? ?\\begin\{([pv]matrix)\}(.*)\\end\{\2\}"
     r"(\^\{?(?:T|\\top|\\intercal)\}?)?(?:(?:\\cdot|\\times) ?(.+))?",
@@ -64,7 +69,7 @@ def _product(factor: str, entry: str) -> str:
 
 def choice(answer: str) -> tuple[str, str]:
     """(letter, text) of the answer to a multiple choice that names both; ("", answer) otherwise."""
-    match = re.fullmatch(r'"\(([A-H])\)"((?:(?!\([A-H]\)).)+)', answer, re.DOTALL)
+    match = _CHOICE.fullmatch(answer)
     return (match[1], match[2]) if match else ("", answer)
 
 

@@ -164,7 +164,8 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
         return Unit(((f"base {base[1]}", 1),))
     text = text.replace("per cent", "percent")
     tokens = _UNIT_TOKEN.findall(text)
-    if "".join(tokens) != text or text.startswith(".") or tokens[0] in _SHORT:
+    named = re.search(r"[A-Za-z%$]", text)
+    if "".join(tokens) != text or not named or text.startswith(".") or tokens[0] in _SHORT:
         return None
     reader = _UnitReader()
     letters = letters or re.match(r" ?m/s(?![A-Za-z])", text) is not None
