@@ -1,40 +1,40 @@
 r"""Whether two mathematical answers are equal: the graders `number` and `math`.
 
-They reject when in doubt, as a wrong answer that is accepted is learned; and take a plain right answer
-however it is written. `number` compares exact rationals; `math` adds symbolic equality, which sympy and
-the LaTeX parser of math-verify decide (reward.py runs them where they can be killed). Their policies,
-each with what is meant by it in tests/test_answers.py:
+They reject when in doubt, as a wrong answer that is accepted is learned; and take a plain right
+answer however it is written. `number` compares exact rationals; `math` adds symbolic equality,
+which sympy and the LaTeX parser of math-verify decide (reward.py runs them where they can be
+killed). Their policies, each with its cases in tests/test_answers.py:
 
-    \boxed{7}                          the last balanced box, wherever it stands; of nested ones the outer
+    \boxed{7}                          the last balanced box counts; of nested ones the outer
     #### 18                            without a box, what stands behind the last ####, on its line
     \boxed 7, \fbox{7}, no mark        0
     2/4, 0.50, 1e2, 1\frac34           equal 1/2, 1/2, 100, 7/4: values are compared, not their form
     1e16, a JSON number                is 10^{16}; e+16 is e plus 16
-    0.333333 against 1/3               0: exact, unless the reference gives a tolerance; 0.\bar{3} is 1/3
-    99^2-98^2 against 197              0: a plain number is asked for; one operation (6!, \binom52) will do
+    0.333333 against 1/3               0: exact, but for the reference's tolerance; 0.\bar{3} is 1/3
+    99^2-98^2 against 197              0: evaluate it. One operation (6!, \binom52) may be left
     2+3=5 against 5                    1, where all its sides are equal
-    10\% against 10 or 0.1             1: a percentage equals its face value or a hundredth; of two, the face
-    90^\circ, 5\text{ cm}, \$5         a unit may be left out, not exchanged: 5\text{ m} for 5\text{ cm} is 0
+    10\% against 10 or 0.1             1: the face value or a hundredth; of two, the face values
+    90^\circ, 5\text{ cm}, \$5         a unit may be left out, not exchanged: cm for m is 0
     5\text{ cm} against 5\text{ cm}^2  0: units are products of powers; mph is miles per hour
-    5\text{ million} against 5         0, and against 5000000 1: a factor. So are dozen, tenths and the like
+    5\text{ million} against 5         0, against 5000000 1: a factor, as dozen and tenths are
     5\text{ below zero} against 5      0: neither a unit nor a factor
-    60 mph, 18 dollars per day         words behind a plain number are units; 7x and 7 xy are products
-    2,3 against 3,2 or \{2,3\}         1: order counts inside (), [) and matrices only; (2,3) is no such list
-    1,234                              one number; in brackets, or where the reference lists several, two
+    60 mph, 18 dollars per day         words behind a number are units; 7x and 7 xy are products
+    2,3 against 3,2 or \{2,3\}         1: order counts in (), [) and matrices; (2,3) is no list
+    1,234                              one number; in brackets, or if the reference is a list, two
     12, 144                            two numbers; so are 12,\ 144 and 12; 144
     1, 2, and 3                        1, 2, 3; but 1,,3 has an empty place
     x=5 against 5                      1, either way round; y=5 against x=5 is 0
     x=1,y=2 against 2,1                0: names are bound to values; 1,2 leaves them out, in order
     x>2 against (2,\infty)             1: an inequality for one name is its interval
-    x>2 and x<5 against 2<x<5          1; with `or` all numbers. A comma is `and`, unless nothing would be left
+    x>2 and x<5 against 2<x<5          1; `or` is the union. Commas are `and`, if anything is left
     |x|<2, \mathbb{R}\setminus\{3\}    the intervals that they are; so is x\ne3
     \pm\sqrt2\pm\sqrt3                 four values; with a \mp two
     1:2 against 1/2                    0: a ratio equals a ratio only
     101_2 against 5, or 101_3          0; the base may be left out, like a unit
     Monday, (A)                        as text; case counts in one or two letters only
     \textbf{(C) }12                    equals 12, and (C)
-    \text{R}, \mathbf{j}, \vec{a}      the letters R, j, a; \bar{x} and \mathcal{F} are others than x and F
-    \sqrt{1/n} against 1/\sqrt{n}      1: equal where both are defined. |x| is not x; odd roots are real
+    \text{R}, \mathbf{j}, \vec{a}      the letters R, j, a; \bar{x} and \mathcal{F} are others
+    \sqrt{1/n} against 1/\sqrt{n}      1: equal where both are defined; odd roots are real
     \frac12 before a matrix            is multiplied into its entries
 """
 
@@ -48,13 +48,35 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 
-from notation import CLOSE, FUNCTIONS, GREEK, GROUP, OPEN, TOKEN, bracketed, plain_text, rational, spelled, split
-from statements import Interval, bound, choice, clauses, matrix, name_of, named_members, region, steps
+from notation import (
+    CLOSE,
+    FUNCTIONS,
+    GREEK,
+    GROUP,
+    OPEN,
+    TOKEN,
+    bracketed,
+    plain_text,
+    rational,
+    spelled,
+    split,
+)
+from statements import (
+    Interval,
+    bound,
+    choice,
+    clauses,
+    matrix,
+    name_of,
+    named_members,
+    region,
+    steps,
+)
 from units import Unit, quantity, read_unit
 
 
 def last_box(text: str) -> str | None:
-    """What the last balanced \\boxed{} holds, or None; in time linear in the text, whatever is left open in it."""
+    """What the last balanced \\boxed{} holds, or None; in time linear in the text."""
     opened, box = [], None
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if match[0] == "}" and opened:
@@ -66,7 +88,7 @@ def last_box(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """The last box, or else what stands behind the last `####` on its line, as in GSM8K's solutions."""
+    """The last box, or else what stands behind the last `####`, on its line, as in GSM8K."""
     box = last_box(text)
     if box is not None:
         return box
@@ -96,14 +118,19 @@ _OPERATION = re.compile(
 )
 
 _OPERATORS = {
-    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+    },
     **{ast.UAdd: operator.add, ast.USub: operator.sub},  # with 0 before it
 }
 
 
 @dataclass(frozen=True)
 class Gold:
-    """A reference: the published answer, and how to read it. `same` compares spelled answers, parts by parts."""
+    """A reference: the published answer, and how to read it. `same` compares spelled answers."""
 
     answer: str
     multiple: bool = False  # several values separated by commas: 1,234 are two
@@ -206,13 +233,13 @@ class Gold:
         if any(matrices):
             return all(matrices) and self._same_matrix(*matrices)
         brackets = [bracketed(side) or ("", side, "") for side in (gold, answer)]
-        golds, answers = (split(inside, ",", ";") if opened else [inside] for opened, inside, _ in brackets)
+        golds, answers = (split(b[1], ",", ";") if b[0] else [b[1]] for b in brackets)
         if len(golds) > 1 or len(answers) > 1:
             return brackets[0][::2] == brackets[1][::2] and self._in_order(golds, answers)
         return self._same_value(gold, answer)
 
     def _same_matrix(self, gold, answer) -> bool:
-        """Whether two (kind, rows) are one matrix. A number before it has been multiplied into its entries."""
+        """Whether two (kind, rows) are one matrix."""
         (kind, golds), (other, answers) = gold, answer
         entries = [[entry for row in rows for entry in row] for rows in (golds, answers)]
         same_shape = kind == other and list(map(len, golds)) == list(map(len, answers))
@@ -231,7 +258,7 @@ class Gold:
             scales.add(1 / named.factor)
         if gold_unit.powers and unit.powers and gold_unit.powers != unit.powers:
             return False
-        gold, answer = (b[1] if (b := bracketed(side, r"\(", r"\)")) else side for side in (gold, answer))
+        gold, answer = without_parentheses(gold), without_parentheses(answer)
         read = rational if self.evaluated else arithmetic
         g, a = read(gold), read(answer)
         if g is not None and a is not None:
@@ -276,19 +303,27 @@ def _evaluated(node: ast.expr) -> Fraction | None:
 
 
 def one_operation(answer: str) -> bool:
-    """Whether this is one operation on plain numbers, as 6! or \\binom{5}{2}, and none is left to be done after it."""
+    """Whether this is a single operation on plain numbers, as 6! or \\binom{5}{2}."""
     return _OPERATION.fullmatch(_ANGLE.sub("1", answer)) is not None
+
+
+def without_parentheses(side: str) -> str:
+    brackets = bracketed(side, r"\(", r"\)")
+    return brackets[1] if brackets else side
 
 
 def scaled(value: str, unit: Unit) -> str:
     """An expression times the scale words behind it."""
     factor = unit.factor
-    return value if factor == 1 else rf"({value})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    if factor == 1:
+        return value
+    return rf"({value})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
 
 
 def grade_answer(text: str, reference, symbolic: bool, literal: bool = True) -> tuple[float, str]:
-    """Compare the answer of `text` with a reference: the published answer (a number, or a text that may hold $,
-    \\boxed{} or GSM8K's ####), or a dict of Gold's `answer`, `multiple`, `tolerance` and `unit`.
+    """Compare the answer of `text` with a reference: the published answer (a number, or a text that
+    may hold $, \\boxed{} or GSM8K's ####), or a dict of Gold's `answer`, `multiple`, `tolerance`
+    and `unit`.
 
     TypeError: the dict has other keys.
     """
@@ -312,14 +347,17 @@ def grade_number(text: str, reference) -> tuple[float, str]:
 
 
 def grade_math(text: str, reference) -> tuple[float, str]:
-    """As `number`, and expressions may be equal symbolically. To be run in a worker: it may take forever."""
+    """As `number`, and expressions may be equal symbolically. Run it in a worker: it may hang."""
     return grade_answer(text, reference, symbolic=True)
 
 
-# --- symbolic equality (in a worker) ------------------------------------------------------------------------------
+# --- symbolic equality (in a worker) ------------------------------------------------------------
 
 _COMMANDS = {  # what the parser reads as it is meant; anything else can be equal in spelling only
-    *re.findall(r"\S+", r"\frac \sqrt \pi \cdot \times \div \infty \binom \lfloor \rfloor \lceil \rceil \{ \}"),
+    *re.findall(
+        r"\S+",
+        r"\frac \sqrt \pi \cdot \times \div \infty \binom \lfloor \rfloor \lceil \rceil \{ \}",
+    ),
     *(f"\\{name}" for name in FUNCTIONS.split("|")),
     *(letter.strip() for letter in GREEK.values() if "omicron" not in letter),
     *re.findall(r"\S+", r"\Delta \Theta \Lambda \Phi \Psi \Omega \varphi \hbar \ell"),
@@ -330,7 +368,7 @@ _LETTERS = {r"\gamma": r"\omicron ", "E": r"\Upsilon ", "I": r"\Xi "}
 
 
 class Unreadable(Exception):
-    """This text is not compared symbolically: it is no expression that the parser reads right, or it is too large."""
+    """This text is not compared symbolically: the parser would misread it, or it is too large."""
 
 
 def check_text(answer: str) -> None:
@@ -354,16 +392,19 @@ def check_text(answer: str) -> None:
 
 
 def check_size(tree) -> None:
-    """Raise Unreadable if evaluating a parsed, unevaluated expression would make numbers or terms without bound."""
+    """Raise Unreadable if evaluating a parsed expression would make numbers without bound."""
     import sympy
 
-    for node in sympy.postorder_traversal(tree):  # so that what a node is made of is known to be small
+    # In this order what a node is made of is known to be small.
+    for node in sympy.postorder_traversal(tree):
         if node.func in (sympy.factorial, sympy.binomial, sympy.gamma) and any(
             part.is_number and abs(part.evalf(5)) > 1000 for part in node.args
         ):
             raise Unreadable("too large")
         if isinstance(node, sympy.Pow | sympy.exp) and node.exp.is_number:
-            digits = abs(sympy.log(abs(node.base.evalf(5)), 10).evalf(5)) if node.base.is_number else 10
+            digits = 10
+            if node.base.is_number:
+                digits = abs(sympy.log(abs(node.base.evalf(5)), 10).evalf(5))
             if node.base != 0 and abs(node.exp.evalf(5)) * max(digits, 1) > 5000:
                 raise Unreadable("too large")
         if node.func in (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
@@ -372,11 +413,12 @@ def check_size(tree) -> None:
 
 @functools.lru_cache(maxsize=512)
 def parsed(answer: str):
-    """The sympy expression of a spelled answer, exact; i is imaginary. Raises whatever the parser raises."""
+    """The sympy expression of a spelled answer; i is imaginary. Raises what the parser does."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-    if (value := rational(answer)) is not None and not re.search("[eE][+-]", answer):  # 2e-3 for 2e - 3
+    value = rational(answer)
+    if value is not None and not re.search("[eE][+-]", answer):  # 2e-3 may be 2e less 3
         return sympy.Rational(value.numerator, value.denominator)
     if re.search(rf"\\(?:{FUNCTIONS})", answer):
         answer = answer.replace(r"^\circ", r"\cdot \frac{\pi}{180}")
@@ -387,15 +429,21 @@ def parsed(answer: str):
     )
     check_text(answer)
     answer = _MIXED.sub(lambda m: f"({m[1]}+{m[2]})" if 0 < int(m[3]) < int(m[4]) else m[0], answer)
-    answer = re.sub(r"([\d)])(?= ?(?:[(\[{]|\\frac))|(\))(?= ?\d)", r"\1\2\\cdot ", answer)  # it would add 2(3)
-    answer = re.sub(r"(\d*)\.(\d*)", lambda m: rf"{{\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}}}", answer)
+    # The parser would add 2(3), and knows no decimals.
+    answer = re.sub(r"([\d)])(?= ?(?:[(\[{]|\\frac))|(\))(?= ?\d)", r"\1\2\\cdot ", answer)
+    answer = re.sub(
+        r"(\d*)\.(\d*)",
+        lambda m: rf"{{\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}}}",
+        answer,
+    )
     answer = re.sub(r"\\[A-Za-z]+|[EI]", lambda m: _LETTERS.get(m[0], m[0]), answer)
     settings = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     tree = latex2sympy(answer, is_real=True, normalization_config=None, conversion_config=settings)
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not an expression")
     check_size(tree)
-    unknown = tree.atoms(sympy.core.function.AppliedUndef, sympy.Derivative)  # u(t), dx/dt: as good as letters
+    # u(t) and dx/dt are as good as letters.
+    unknown = tree.atoms(sympy.core.function.AppliedUndef, sympy.Derivative)
     letters = {f: sympy.Symbol(str(f)) for f in unknown}
     tree = tree.subs({**letters, sympy.Symbol("i", real=True): sympy.I}).doit()
     return tree if tree.has(sympy.I) else tree.replace(_is_odd_root, _real_root)
@@ -407,7 +455,7 @@ def _is_odd_root(node) -> bool:
 
 
 def _real_root(node):
-    """The real odd root of a real number, which sympy takes for the first complex one: of -8 it is -2."""
+    """The real odd root of a real number, -2 of -8: sympy's is the first complex one."""
     import sympy
 
     base, exponent = node.args
@@ -430,7 +478,7 @@ def equal_expressions(gold: str, answer: str, tolerance: float | None = None) ->
 
 
 def equal_equations(golds: list[str], answers: list[str]) -> bool:
-    """Whether `left = right` is the same equation twice: their differences have a constant, nonzero ratio."""
+    """Whether two equations are one: the differences of their sides have a constant ratio."""
     try:
         g, a = ((parsed(left) - parsed(right)).expand() for left, right in (golds, answers))
         ratio = (g / a).cancel() if g and a else None
@@ -440,9 +488,10 @@ def equal_equations(golds: list[str], answers: list[str]) -> bool:
 
 
 def differ(g, a) -> bool:
-    """Whether two expressions have different values, at 50 digits, at some points or (numbers) as they are.
+    """Whether two expressions have different values, at 50 digits, at some points.
 
-    Points out of the domain do not count, if there are others: \\ln a+\\ln b is \\ln(ab) where both are defined.
+    Points out of the domain do not count, if there are others: \\ln a+\\ln b is \\ln(ab) where both
+    are defined.
     """
     draw = random.Random(0)
     symbols = sorted(g.free_symbols | a.free_symbols, key=str)
@@ -462,7 +511,7 @@ def differ(g, a) -> bool:
 
 
 def _domain(expression) -> set:
-    """What is taken not to be negative: every factor under an even root, in a logarithm, below a real power."""
+    """What is taken not to be negative: factors under even roots, in logarithms, below powers."""
     import sympy
 
     powers = expression.atoms(sympy.Pow)
@@ -493,8 +542,8 @@ def is_zero(difference) -> bool:
     """Whether algebra shows it, the letters taken for positive: `differ` has tried the others."""
     import sympy
 
-    letters = {letter: sympy.Symbol(letter.name, positive=True) for letter in difference.free_symbols}
-    positive = difference.subs(letters)
+    symbols = difference.free_symbols
+    positive = difference.subs({s: sympy.Symbol(s.name, positive=True) for s in symbols})
     apart = sympy.expand_log(sympy.expand_power_base(positive, force=True), force=True)
     if any(form.expand() == 0 or form.simplify() == 0 for form in (difference, positive, apart)):
         return True

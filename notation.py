@@ -1,7 +1,7 @@
 r"""How a mathematical answer is written: one spelling of LaTeX, and numbers.
 
-Everything here reads one answer and compares nothing; answers.py compares. One pass, `spelled`, brings an answer
-into one spelling, and keeps what the later rules need:
+Everything here reads one answer and compares nothing; answers.py compares. One pass, `spelled`,
+brings an answer into one spelling, and keeps what the later rules need:
 
     "cm"            what a \text{} holds, in double quotes; nothing else stands in them
     ,  and  ;       a comma as it was; a semicolon for one before a blank: `12, 144` is no number
@@ -17,9 +17,9 @@ from fractions import Fraction
 # --- one spelling -------------------------------------------------------------------------------
 
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
-GREEK = {letter: f"\\{unicodedata.name(letter).split()[-1].lower()} " for letter in map(chr, range(945, 970))} | {
-    "λ": r"\lambda "
-}
+_ALPHABET = map(chr, range(945, 970))
+GREEK = {letter: f"\\{unicodedata.name(letter).split()[-1].lower()} " for letter in _ALPHABET}
+GREEK["λ"] = r"\lambda "
 _SIGNS = {  # what it means in LaTeX: the characters that mean it
     "-": "−–‐‑⁃﹣",  # noqa: RUF001
     "/": "÷⁄∕",  # noqa: RUF001
@@ -100,7 +100,7 @@ def _radical(match: re.Match) -> str:
 
 
 def _dollars(match: re.Match) -> str:
-    r"""A whole answer, without the $ around formulas. One alone, before a number, is the currency."""
+    r"""A whole answer, without the $ around formulas. One alone, before an amount, is a dollar."""
     answer = match[0]
     if len(re.findall(r"(?<!\\)\$", answer)) % 2:
         amount = r" ?-?[\d.,]*\d(?=\.?$| ?/| ?\\text| ?\(| ?[A-Za-z]{3})"
@@ -109,7 +109,7 @@ def _dollars(match: re.Match) -> str:
 
 
 def _font(match: re.Match) -> str:
-    r"""What stands upright or bold: words in quotes; numbers, formulas, letters and functions as they are."""
+    r"""What stands upright or bold: words in quotes; numbers, letters and functions as they are."""
     font, inside = match[1], match[2].replace('"', "")
     before = match.string[: match.start()]
     if font == "mathbb" and inside == "R":
@@ -126,7 +126,7 @@ def _font(match: re.Match) -> str:
 
 
 def _accent(match: re.Match) -> str:
-    r"""\vec{a} is a, as \mathbf{a} is; \hat{i} is the unit vector i; any other accent makes another letter."""
+    r"""\vec{a} is a, as \mathbf{a} is; \hat{i} is i; any other accent makes another letter."""
     accent, letter = match[1], match[2] or match[3]
     if accent == "vec" or (accent == "hat" and letter in ("i", "j", "k")):
         return letter + " " * letter.startswith("\\")
@@ -234,7 +234,10 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"\\setminus ?\{([^{}]*)\}", r"\\setminus\\{\1\\}"),
     # Matrices and systems.
     (r"\\cr(?![A-Za-z])", r"\\\\"),
-    (r"[\(\[] ?\\begin ?\{array\} ?\{[^{}]*\}(.*?)\\end ?\{array\} ?[\)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (
+        r"[\(\[] ?\\begin ?\{array\} ?\{[^{}]*\}(.*?)\\end ?\{array\} ?[\)\]]",
+        r"\\begin{pmatrix}\1\\end{pmatrix}",
+    ),
     (
         r"[\(\[] ?\\begin ?\{(?:small)?matrix\}(.*?)\\end ?\{(?:small)?matrix\} ?[\)\]]",
         r"\\begin{pmatrix}\1\\end{pmatrix}",
@@ -244,7 +247,10 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     # Operators, functions, scripts.
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (r"(?<=[\d})]) ?(?:\\angle|\"?\\?cis\"?)(?![A-Za-z]) ?(\S.*)$", r"(\\cos(\1)+i\\sin(\1))"),  # polar
+    (
+        r"(?<=[\d})]) ?(?:\\angle|\"?\\?cis\"?)(?![A-Za-z]) ?(\S.*)$",
+        r"(\\cos(\1)+i\\sin(\1))",
+    ),  # polar
     (rf"(?<![\\A-Za-z])(?:np\.)?({FUNCTIONS}|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"(\\sqrt(?:\[\d\])?) ?\(([^()]*)\)", r"\1{\2}"),
@@ -280,7 +286,7 @@ def spelled(answer: str) -> str:
 
 
 def plain_text(answer: str) -> str:
-    """A spelled answer without what two writers may differ in: quotes, and blanks that part no numbers."""
+    """A spelled answer without quotes, and without blanks but those that part numbers."""
     answer = re.sub(r'(?<!\d) | (?!\d)|"', "", answer)
     return re.sub(r";(?!\d{3}(?!\d))", ",", answer)  # 12;144 is a list for sure, 12,144 is not
 
@@ -289,10 +295,14 @@ def plain_text(answer: str) -> str:
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
+_TIMES_TEN_TO = r"(?:e|E(?!\+)|(?:\\times|\\cdot) ?10\^\{)"
 RATIONALS = [
-    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:(?:e|E(?!\+)|(?:\\times|\\cdot) ?10\^\{{)(?P<power>[+-]?\d{{1,3}})\}}?)?"),
+    re.compile(rf"([+-]?)(?P<n>{_DECIMAL})(?:{_TIMES_TEN_TO}(?P<power>[+-]?\d{{1,3}})\}}?)?"),
     re.compile(r"([+-]?)(?P<n>1)0\^\{(?P<power>[+-]?\d{1,3})\}"),
-    re.compile(rf"([+-]?)(?P<whole>\d+)? ?(?:\\frac\{{(?P<n>[+-]?{_DECIMAL})\}}\{{(?P<d>[+-]?{_DECIMAL})\}})"),
+    re.compile(
+        r"([+-]?)(?P<whole>\d+)? ?"
+        rf"(?:\\frac\{{(?P<n>[+-]?{_DECIMAL})\}}\{{(?P<d>[+-]?{_DECIMAL})\}})"
+    ),
     re.compile(rf"([+-]?)(?:(?P<whole>\d+) )?(?P<n>{_DECIMAL})/(?P<d>{_DECIMAL})"),
     re.compile(r"([+-]?)(?P<n>\d*\.\d*)\\overline\{(?P<repeated>\d+)\}"),
 ]
@@ -300,12 +310,12 @@ RATIONALS = [
 
 @functools.lru_cache(maxsize=4096)
 def rational(answer: str) -> Fraction | None:
-    """The exact value of a spelled integer, decimal, fraction, mixed number, power of ten or repeating decimal."""
+    """The exact value of a spelled integer, decimal, fraction, mixed number or power of ten."""
     match = next(filter(None, (pattern.fullmatch(answer) for pattern in RATIONALS)), None)
     if not match or len(answer) > 2000:  # Python reads no integers of more than 4,300 digits
         return None
-    found = {name: "0" * text.startswith(".") + text for name, text in match.groupdict().items() if text}
-    found = {name: text.replace(",", "") for name, text in found.items()}
+    found = {name: text.replace(",", "") for name, text in match.groupdict().items() if text}
+    found = {name: f"0{text}" if text[0] == "." else text for name, text in found.items()}
     defaults = (("n", 0), ("d", 1), ("whole", 0))
     n, d, whole = (Fraction(found.get(name, default)) for name, default in defaults)
     if not d or (whole and not 0 < n < d):
@@ -319,7 +329,14 @@ def rational(answer: str) -> Fraction | None:
 
 # --- brackets -----------------------------------------------------------------------------------
 
-_BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+_BRACKETS = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    r"\{": r"\}",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+}
 OPEN, CLOSE = {*_BRACKETS, r"\begin"}, {*_BRACKETS.values(), r"\end"}
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[^\\]", re.DOTALL)
 
@@ -335,7 +352,11 @@ def split(answer: str, *separators: str) -> list[str]:
     return [part.strip() for part in [*parts, answer[start:]]]
 
 
-def bracketed(answer: str, opened: str = r"\(|\[|\\\{", closed: str = r"\)|\]|\\\}") -> tuple[str, str, str] | None:
+def bracketed(
+    answer: str,
+    opened: str = r"\(|\[|\\\{",
+    closed: str = r"\)|\]|\\\}",
+) -> tuple[str, str, str] | None:
     """(opening bracket, inside, closing bracket), where one pair holds the whole answer."""
     match = re.fullmatch(rf"({opened})(.*)({closed})", answer, re.DOTALL)
     depth = 1

@@ -1,4 +1,4 @@
-r"""What an answer states: the values of a list, names bound to values, sets of numbers, matrices."""
+r"""What an answer states: values of a list, names bound to values, sets of numbers, matrices."""
 
 import itertools
 import re
@@ -46,7 +46,7 @@ def named_members(clause: str) -> list[str]:
 
 
 def matrix(answer: str) -> tuple[str, list[list[str]]] | None:
-    """(kind, rows) of a matrix; a number before it is multiplied into the entries, ^T exchanges rows and columns."""
+    """(kind, rows) of a matrix, with a factor multiplied into its entries and ^T carried out."""
     match = _MATRIX.fullmatch(answer)
     if not match:
         return None
@@ -74,7 +74,7 @@ def choice(answer: str) -> tuple[str, str]:
 
 
 def bound(clause: str) -> tuple[str, list[str]]:
-    """(name, the sides that give it) of a spelled `name = value = ...`; ("", all sides) otherwise."""
+    """(name, the sides that give it) of `name = value = ...`; ("", all sides) otherwise."""
     clause, *rounded = split(clause, r"\approx")
     name, *sides = split(clause, "=")
     if not sides and rounded and _is_name(name):
@@ -87,7 +87,7 @@ def bound(clause: str) -> tuple[str, list[str]]:
 
 
 def steps(sides: list[str]) -> list[str]:
-    r"""The sides before the last that give its value, too. \pi r^2 is a formula for 9\pi, and not one of them."""
+    r"""The sides before the last that give its value, too; not \pi r^2, a formula for 9\pi."""
     letters = [set(re.sub(r'\\[A-Za-z]+|"[^"]*"', "", side)) & _LETTERS for side in sides]
     return [side for side, found in zip(sides[:-1], letters, strict=False) if found <= letters[-1]]
 
@@ -104,14 +104,15 @@ def name_of(clause: str) -> str:
 
 
 def clauses(answer: str, multiple: bool = False) -> list[str]:
-    r"""The values of a list or set, and the statements that `and`, `or` and commas join; each +- both ways.
+    r"""The values of a list, the statements that `and`, `or` and commas join; each \pm both ways.
 
     multiple: 1,234 are two.
     """
     name, sides = bound(answer)
     name, inside = (name, sides[-1]) if name else _element_of(answer)
     if (members := set_members(inside if name else answer)) is not None:
-        return [value for member in members for value in _signs(f"{name}={member}" if name else member)]
+        members = [f"{name}={member}" if name else member for member in members]
+        return [value for member in members for value in _signs(member)]
     parts = [part for either in split(answer, r"\lor") for part in _joined(either, multiple)]
     return [value for part in parts for value in _signs(part)]
 
@@ -158,7 +159,7 @@ def _sum(value: str) -> str:
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers between two ends, which are spelled; `closed` says of either whether it belongs."""
+    """The numbers between two spelled ends; `closed` says of either whether it belongs."""
 
     low: str
     high: str
@@ -201,8 +202,9 @@ def inequality(clause: str) -> tuple[str, list[Interval]] | None:
     at = names[0]
     if len(sides) > 2 and (len(sides), at) != (3, 1):
         return None
-    low, low_closed = (sides[at - 1], signs[at - 1] in (r"\le", r"\ge")) if at else (r"-\infty", False)
-    high, high_closed = (r"\infty", False)
+    low, low_closed, high, high_closed = r"-\infty", False, r"\infty", False
+    if at:
+        low, low_closed = sides[at - 1], signs[at - 1] in (r"\le", r"\ge")
     if at < len(signs):
         high, high_closed = sides[at + 1], signs[at] in (r"\le", r"\ge")
     return sides[at], [Interval(low, high, (low_closed, high_closed))]
@@ -228,7 +230,7 @@ def _absolute(sides: list[str], sign: str) -> tuple[str, list[Interval]] | None:
 
 
 def intervals(answer: str) -> list[Interval] | None:
-    r"""The intervals of a set of numbers (1,2)\cup\{5\}, or \mathbb{R}\setminus\{3\}; None where it is none."""
+    r"""The intervals of a set of numbers, as (1,2)\cup\{5\}; None where it is none."""
     whole, *removed = split(answer, r"\setminus")
     if removed:
         found, points = intervals(whole), [set_members(part) for part in removed]
@@ -265,8 +267,8 @@ def intersection(some: list[Interval], others: list[Interval]) -> list[Interval]
     """What lies in both. None: the order of their ends is not known."""
     found = []
     for a, b in itertools.product(some, others):
-        low = _bound_of(a.low, a.closed[0], b.low, b.closed[0], lower=True)
-        high = _bound_of(a.high, a.closed[1], b.high, b.closed[1], lower=False)
+        low = _tighter((a.low, a.closed[0]), (b.low, b.closed[0]), lower=True)
+        high = _tighter((a.high, a.closed[1]), (b.high, b.closed[1]), lower=False)
         if low is None or high is None:
             return None
         piece = Interval(low[0], high[0], (low[1], high[1]))
@@ -276,23 +278,24 @@ def intersection(some: list[Interval], others: list[Interval]) -> list[Interval]
     return found
 
 
-def _bound_of(a: str, a_closed: bool, b: str, b_closed: bool, lower: bool) -> tuple[str, bool] | None:
-    """The end of two that cuts off more."""
+def _tighter(a: tuple, b: tuple, lower: bool) -> tuple[str, bool] | None:
+    """Of two ends, each with whether it belongs, the one that cuts off more."""
     unbounded = r"-\infty" if lower else r"\infty"
-    if b == unbounded:
-        return a, a_closed
-    if a == unbounded:
-        return b, b_closed
-    x, y = _number(a), _number(b)
+    if b[0] == unbounded:
+        return a
+    if a[0] == unbounded:
+        return b
+    both = a[0], a[1] and b[1]
+    x, y = _number(a[0]), _number(b[0])
     if x is None or y is None:
-        return (a, a_closed and b_closed) if a == b else None
+        return both if a[0] == b[0] else None
     if x == y:
-        return a, a_closed and b_closed
-    return (a, a_closed) if (x > y) == lower else (b, b_closed)
+        return both
+    return a if (x > y) == lower else b
 
 
 def union(found: list[Interval]) -> list[Interval]:
-    """The same numbers in as few intervals as there can be, in order; as they are where an end is not rational."""
+    """The same numbers in as few intervals as there can be, where all ends are rational."""
     if any(interval.ends() is None for interval in found):
         return found
     merged: list[Interval] = []
@@ -313,7 +316,7 @@ def _touch(left: Interval, right: Interval) -> bool:
 
 
 def region(answer: str, plain: bool = False) -> tuple[str, list[Interval]] | None:
-    r"""(name, intervals) of an answer that describes a set of numbers: inequalities, unions, \setminus.
+    r"""(name, intervals) of an answer that describes a set of numbers: inequalities, unions.
 
     plain: (1,2) alone is one, too.
     """
@@ -329,7 +332,7 @@ def region(answer: str, plain: bool = False) -> tuple[str, list[Interval]] | Non
 
 
 def _conjunction(answer: str, plain: bool) -> tuple[str, list[Interval]] | None:
-    """(name, intervals) of inequalities that hold together. Where they cannot, commas mean `or`: x<1, x>2."""
+    """(name, intervals) of what holds together. If nothing can, commas mean `or`: x<1, x>2."""
     parts = _excluded(_joined(answer))
     described = [_described(part, plain) for part in parts]
     if None in described:

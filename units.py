@@ -1,6 +1,7 @@
 r"""What stands behind a number: units as a product of powers, with scale words as factors.
 
-`60\\text{ km/h}` is 60 and hour^-1 kilometer^1; `2\\text{ million dollars}` is 2 and dollar^1, times 1000000.
+`60\text{ km/h}` is 60, kilometer^1 and hour^-1;
+`2\text{ million dollars}` is 2, dollar^1 and a factor of 1000000.
 """
 
 import functools
@@ -10,45 +11,45 @@ from fractions import Fraction
 
 from notation import FUNCTIONS, RATIONALS
 
-_UNITS = {  # name: what else it is called. A name with a slash is a quotient.
-    **{"meter": "m", "centimeter": "cm", "millimeter": "mm", "kilometer": "km", "nanometer": "nm"},
-    **{"inch": "in", "foot": "ft feet", "yard": "yd", "mile": "mi", "acre": "ac"},
-    **{"gram": "g", "kilogram": "kg kilo", "milligram": "mg", "pound": "lb", "ounce": "oz", "ton": "t"},
-    **{"second": "s sec", "minute": "min", "hour": "h hr", "week": "wk", "month": "mo", "year": "yr"},
-    **{"liter": "L l", "milliliter": "mL ml", "gallon": "gal", "quart": "qt", "pint": "pt"},
-    **{"teaspoon": "tsp", "tablespoon": "tbsp", "am": "AM", "pm": "PM"},
-    **{"dollar": "$ buck usd USD", "cent": "ct", "percent": "% pct", "point": "pts"},
-    **{"degree": "deg ^\\circ", "celsius": "C", "fahrenheit": "F", "kelvin": "K", "radian": "rad"},
-    **{"newton": "N", "joule": "J", "watt": "W", "volt": "V", "ampere": "A", "mole": "mol"},
-    **{"hertz": "Hz", "pascal": "Pa", "kilowatt": "kW", "megawatt": "MW", "milliwatt": "mW"},
-    **{"person": "people ppl", "man": "men", "woman": "women", "child": "children kid"},
-    **{"mile/hour": "mph", "kilometer/hour": "kph kmh kmph", "mile/gallon": "mpg"},
-}
-_NAMES = {other: name for name, others in _UNITS.items() for other in [name, *others.split()]}
-_SCALES = {  # words that multiply what they follow
-    **{"dozen": 12, "hundred": 100, "thousand": 10**3},
-    **{"million": 10**6, "billion": 10**9, "trillion": 10**12},
-}
-_PARTS = {  # and divide: in the plural only, 12 fifth graders are 12
-    **{"halves": 2, "thirds": 3, "fourths": 4, "fifths": 5, "sixths": 6, "sevenths": 7, "eighths": 8},
-    **{"ninths": 9, "tenths": 10, "hundredths": 100, "thousandths": 10**3, "millionths": 10**6},
-}
+# A unit, and what else it is called. A name with a slash is a quotient.
+_UNITS = """
+meter m, centimeter cm, millimeter mm, kilometer km, nanometer nm, inch in, foot ft feet, yard yd,
+mile mi, acre ac, gram g, kilogram kg kilo, milligram mg, pound lb, ounce oz, ton t,
+second s sec, minute min, hour h hr, week wk, month mo, year yr, am AM, pm PM,
+liter L l, milliliter mL ml, gallon gal, quart qt, pint pt, teaspoon tsp, tablespoon tbsp,
+dollar $ buck usd USD, cent ct, percent % pct, point pts,
+degree deg ^\\circ, celsius C, fahrenheit F, kelvin K, radian rad,
+newton N, joule J, watt W, volt V, ampere A, mole mol, hertz Hz, pascal Pa,
+kilowatt kW, megawatt MW, milliwatt mW,
+person people ppl, man men, woman women, child children kid,
+mile/hour mph, kilometer/hour kph kmh kmph, mile/gallon mpg
+"""
+_NAMES = {name: entry.split()[0] for entry in _UNITS.split(",") for name in entry.split()}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES["trillion"] = 10**12
+# Parts in the plural only: 12 fifth graders are 12.
+_PARTS = {"halves": 2, "thirds": 3, "fourths": 4, "fifths": 5, "sixths": 6, "sevenths": 7}
+_PARTS |= {"eighths": 8, "ninths": 9, "tenths": 10, "hundredths": 100, "thousandths": 1000}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Behind a number these make another number of it.
-_NO_UNITS = {
-    *("below", "under", "minus", "plus", "negative", "mod", "modulo", "not", "no", "non", "or"),
-    *("least", "most", "half", "factorial", "zero", "infinity"),
-}
-_OPEN_ENDED = {"of", "for", "from", "with", "on"}  # what follows tells more of what is counted
-# Words of few letters that are no products of variables; and those that name no unit.
-_SHORT = {
-    *("of", "an", "in", "at", "on", "to", "by", "is", "as", "up", "it", "he", "we", "be", "so", "if"),
-    *("are", "all", "the", "and", "for", "out", "off", "one", "our", "she", "who", "old", "after"),
-    *("sq", "cu", "a", "egg", "ant", "arm", "ear", "eye", "owl"),
-}
-_FILLERS = {
-    *("and", "a", "the", "left", "remaining", "total", "each", "more", "altogether", "extra", "only"),
-    *("long", "wide", "tall", "high", "deep", "old", "away", "apart", "approximately", "about"),
-}
+_CHANGING = _words("below under minus plus negative mod modulo not no non or least most half factorial zero infinity")
+# What follows these tells more of what is counted.
+_OPEN_ENDED = _words("of for from with on")
+# These name no unit.
+_FILLERS = _words(
+    "and a the left remaining total each more altogether extra only long wide tall high deep old"
+    " away apart approximately about"
+)
+# Of few letters, and yet no products of variables.
+_SHORT = _words(
+    "of an in at on to by is as up it he we be so if are all the and for out off one our she who"
+    " old after sq cu a egg ant arm ear eye owl"
+)
 _CURRENCY = re.compile(r'\\\$|"(euro|pound|yen)"')
 _UNIT_TOKEN = re.compile(
     r"[A-Za-z]+(?:'(?:s(?![A-Za-z]))?)?"  # a word: day, day's, days'
@@ -58,7 +59,7 @@ _UNIT_TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Unit:
-    """A product of powers of units, and the factor that its scale words make: 2 million km/h is 2000000 km h^-1."""
+    """A product of powers of units, and the factor that its scale words make."""
 
     powers: tuple[tuple[str, int], ...] = ()
     factor: Fraction = Fraction(1)
@@ -83,7 +84,7 @@ def _scale(word: str) -> Fraction | None:
 
 
 def _unit_name(word: str) -> str:
-    """The name of the unit that a word is: of those in _UNITS, or the word itself in the singular."""
+    """The name of the unit that a word is: one in _UNITS, or the word in the singular."""
     for form in (word, word.lower(), _singular(word), _singular(word.lower())):
         if form in _NAMES:
             return _NAMES[form]
@@ -94,7 +95,7 @@ def _is_word(word: str) -> bool:
     """Whether letters in no \\text{} behind a number are a word, and no product of variables."""
     if word in _SHORT:
         return True
-    known = _unit_name(word) in _UNITS or _scale(word.lower()) is not None
+    known = _unit_name(word) in _NAMES or _scale(word.lower()) is not None
     if len(word) < 3:
         return len(word) == 2 and known
     # Three letters: a consonant, a vowel, a letter, as in hat.
@@ -125,7 +126,7 @@ class _UnitReader:
         self.sign = self.sign if self.grouped else 1
 
     def ended_by(self, word: str) -> bool:
-        """Whether the rest tells more of what is counted. `in` is an inch where a unit must follow."""
+        """Whether the rest tells more of what is counted. `in` is an inch where a unit is due."""
         expecting = self.last is None or self.sign < 0 or self.power > 1
         return word in _OPEN_ENDED or (word == "in" and not expecting)
 
@@ -133,7 +134,7 @@ class _UnitReader:
         """Take one word. False: it makes this no unit."""
         word = re.sub("'s?$", "", word)
         lower = word.lower()
-        if lower in _NO_UNITS or (len(word) == 1 and word not in _NAMES and word != "a"):
+        if lower in _CHANGING or (len(word) == 1 and word not in _NAMES and word != "a"):
             return False
         if lower == "per" or (lower in ("a", "an") and word not in _NAMES and self.powers):
             self.sign = -1
@@ -201,14 +202,15 @@ def _behind_number(answer: str) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def quantity(answer: str, letters: bool = False) -> tuple[str, Unit]:
-    """(value, unit) of a spelled answer. Words without a \\text{} are a unit behind a plain number only."""
+    """(value, unit) of a spelled answer. Bare words are a unit behind a plain number only."""
     sign = _CURRENCY.match(answer)
     answer = answer[sign.end() :] if sign else answer
     value, unit = answer, Unit()
     mark = re.search(r'"|%|\^\\circ(?![A-Za-z])|(?<=\d)_\{\d+\}$', answer)
     for end in filter(None, (_behind_number(answer), mark.start() if mark else 0)):
-        radians = answer.startswith(r"^\circ", end) and re.search(rf"\\(?:{FUNCTIONS})", answer[:end])
-        found = None if radians or end == len(answer) else read_unit(answer[end:], letters)
+        before, rest = answer[:end], answer[end:]
+        of_function = rest.startswith(r"^\circ") and re.search(rf"\\(?:{FUNCTIONS})", before)
+        found = read_unit(rest, letters) if rest and not of_function else None
         if found:
             value, unit = answer[:end].strip(), found
             break
