@@ -110,21 +110,19 @@ LONGEST = 500  # characters in a box
 # One operation on plain numbers. Of more than one, the result is asked for.
 _PLAIN = r"(?:[+-]?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\d+/\d+|[ei]))"
 _PLAIN = rf"(?:{_PLAIN}|\({_PLAIN}\))"
-_ANGLE = re.compile(r"\\frac\{\d*\\pi\}\{\d+\}|\d*\\pi(?:/\d+)?(?![A-Za-z])|\^\\circ")
+_ANGLE = re.compile(r"\\frac\{\d*\\pi\}\{\d+\}|\d*\\pi(?:/\d+)?(?![A-Za-z])|\d+\^\\circ")
 _OPERATION = re.compile(
     rf"-?(?:{_PLAIN}\^\{{?{_PLAIN}\}}?|{_PLAIN}!|\\binom\{{{_PLAIN}\}}\{{{_PLAIN}\}}"
     rf"|\\sqrt(?:\[\d+\])?\{{{_PLAIN}\}}|\|{_PLAIN}\||\\l(?:floor|ceil) ?{_PLAIN}\\r(?:floor|ceil)"
     rf"|\\(?:{FUNCTIONS})(?:_(?:\{{{_PLAIN}\}}|\w))? ?\{{?{_PLAIN}\}}?)"
 )
-
 _OPERATORS = {
-    **{
-        ast.Add: operator.add,
-        ast.Sub: operator.sub,
-        ast.Mult: operator.mul,
-        ast.Div: operator.truediv,
-    },
-    **{ast.UAdd: operator.add, ast.USub: operator.sub},  # with 0 before it
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.UAdd: operator.add,  # with 0 before it
+    ast.USub: operator.sub,
 }
 
 
@@ -132,7 +130,7 @@ _OPERATORS = {
 class Gold:
     """A reference: the published answer, and how to read it. `same` compares spelled answers."""
 
-    answer: str
+    answer: str | float
     multiple: bool = False  # several values separated by commas: 1,234 are two
     tolerance: float | None = None  # absolute, for numbers
     unit: str | None = None  # of the answer, where it does not name it itself
@@ -171,7 +169,8 @@ class Gold:
         return gold.closed == answer.closed and all(map(one.same, *ends))
 
     def _same_clauses(self, gold: str, golds: list[str], answer: str, answers: list[str]) -> bool:
-        """Whether two lists say the same. What is said of several names belongs to its name."""
+        """Whether two lists of clauses say the same. What is said of several names belongs to its
+        name; if one side leaves the names out, the order stands for them."""
         if len(golds) == len(answers) == 1:
             points = named_members(golds[0]), named_members(answers[0])
             if all(len(point) > 1 and name_of(point[0]) for point in points):  # (x,y)=(1,2)
@@ -246,6 +245,7 @@ class Gold:
         return same_shape and replace(self, evaluated=False)._in_order(*entries)
 
     def _same_value(self, gold: str, answer: str) -> bool:
+        """One number, word or expression each, with a unit or without."""
         gold, gold_unit = quantity(gold)
         # Without algebra, or beside a unit, 5 m is a length.
         answer, unit = quantity(answer, letters=bool(gold_unit.powers) or not self.symbolic)
@@ -308,6 +308,7 @@ def one_operation(answer: str) -> bool:
 
 
 def without_parentheses(side: str) -> str:
+    """(5) as 5."""
     brackets = bracketed(side, r"\(", r"\)")
     return brackets[1] if brackets else side
 

@@ -81,8 +81,6 @@ _FONT = (
     r"\\(text|mbox|hbox|emph|operatorname|boldsymbol|bm|pmb|underline|"
     r"math(?:bf|it|rm|sf|tt|cal|scr|frak|bb|ord|op)|text(?:bf|it|rm|sf|tt|normal))\*?\s*"
 )
-
-
 _UNIT_TEXT = r" ?\\(?:text|mathrm) ?\{([^{}]*)\} ?(\^\{?\d\}?)? ?"
 
 
@@ -199,6 +197,8 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (_FONT + r"\{" + _IN_BRACES + r"\}", _font),
     (r'_\s*\{"\s*(\w*)\s*"\}', r"_{\1}"),
     (r'^"[^"]*(?:\b(?:is|are)|[=:]) *"', ""),  # the answer is
+    (r"^ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)? ?[:=]? ?(?=\S)", ""),
+    (r'"(?:[Nn]egative|[Mm]inus) *"(?= ?[\d\\$])', "-"),
     (r"^ ?\(?([A-H])\) +(?=[^ +\-/^])", r'"(\1)"'),  # the letter of a choice, before its text
     (r'^"\(?([A-H])\) *[.:]? *([^"]*)"', r'"(\1)"\2'),
     (r'^"([^"]*\d[^"]*|\([^"]\))"$', r"\1"),  # words stay quoted
@@ -247,10 +247,11 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     # Operators, functions, scripts.
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
+    # Of a complex number, in polar form.
     (
         r"(?<=[\d})]) ?(?:\\angle|\"?\\?cis\"?)(?![A-Za-z]) ?(\S.*)$",
         r"(\\cos(\1)+i\\sin(\1))",
-    ),  # polar
+    ),
     (rf"(?<![\\A-Za-z])(?:np\.)?({FUNCTIONS}|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"(\\sqrt(?:\[\d\])?) ?\(([^()]*)\)", r"\1{\2}"),

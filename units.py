@@ -37,7 +37,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Behind a number these make another number of it.
-_CHANGING = _words("below under minus plus negative mod modulo not no non or least most half factorial zero infinity")
+_CHANGING = _words(
+    "below under minus plus negative mod not no non or least most half factorial zero infinity",
+)
 # What follows these tells more of what is counted.
 _OPEN_ENDED = _words("of for from with on")
 # These name no unit.

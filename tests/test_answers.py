@@ -119,6 +119,7 @@ def test_kind_11_every_plus_minus_goes_both_ways():
         ("#### **18**", 1),
         ("#### 18 dollars.", 1),
         ("so #### 18", 1),
+        ("#### Answer: 18", 1),
         ("#### 18\r\n", 1),
         (r"\boxed{18}, not #### 7", 1),
         (r"\boxed{7}, not #### 18", 0),
@@ -357,7 +358,8 @@ def test_math_has_a_verdict_on_any_answer(gold, answer):
     "piece",
     [
         *("{", "(1,", "1,", r"\pm", '"a', "a and ", "cm ", "^{2}", r"\text{a ", "$1", "=x"),
-        *("1,000", r"\frac{", r"{\over", "x<", r"\cup(1,2)", "0.3", "||", "...", "a_{", " ", "\\\\", "2 "),
+        *("1,000", r"\frac{", r"{\over", "x<", r"\cup(1,2)", "0.3", "||", "..."),
+        *("a_{", " ", "\\\\", "2 "),
     ],
 )
 def test_a_piece_over_and_over_takes_no_second(piece):
