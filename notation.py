@@ -162,8 +162,14 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (f"[{_SCRIPTS['^']}]+|[{_SCRIPTS['_']}]+", _script),
     (r"([√∛∜]) ?(\d+|[A-Za-z])?", _radical),
     (r'"', ""),
-    (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),  # Markdown's bold
-    (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ""),  # thousands
+    (r"^\s*(\*\*?|`)(.*)\1\s*$", r"\2"),  # Markdown's bold and code
+    (r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1"),
+    (r"^\s*\\(?:Rightarrow|implies|therefore)(?![A-Za-z])", ""),
+    (r"\\(?:text)?color ?\{[^{}]*\}", ""),
+    (r"\\left ?<", "("),
+    (r"\\right ?>", ")"),
+    (r":=", "="),
+    (r"(?<=\d)(?:\{,\}|,\\!) ?(?=\d{3})", ""),  # thousands
     (r"\{,\}", ","),
     (r"\\!", ""),
     (r"(\\\\) ?\[[^\]]*\]", r"\1"),  # a row's end with its distance
@@ -222,7 +228,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"\\gt(?![A-Za-z])", ">"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
-    (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+    (r"\\neq(?![A-Za-z])| !=", r"\\ne "),  # 3!=6
     (r"\\(?:approxeq|simeq)(?![A-Za-z])", r"\\approx "),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\l(?:brace|angle)(?![A-Za-z])", lambda m: r"\{" if "brace" in m[0] else "("),
@@ -272,6 +278,7 @@ _SPELLING = [  # (what is written, one way to write it), applied in this order
     (r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])", _open_ends),
     # Ends.
     (r"(?<![\w\\}\]^])\{(-|[\w.]+)\}", r"\1"),
+    (r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}"),
     (r"^(?:=|\\approx)|(?<!\.)\.$|[ ;:]+$", ""),
 ]
 _SPELLING = [(re.compile(pattern, re.DOTALL), to) for pattern, to in _SPELLING]
