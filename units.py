@@ -138,6 +138,8 @@ class _UnitReader:
         lower = word.lower()
         if lower in _CHANGING or (len(word) == 1 and word not in _NAMES and word != "a"):
             return False
+        if word == "a" and not self.powers:  # 7 a is a product
+            return False
         if lower == "per" or (lower in ("a", "an") and word not in _NAMES and self.powers):
             self.sign = -1
         elif lower in ("squared", "cubed"):
@@ -167,7 +169,7 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
         return Unit(((f"base {base[1]}", 1),))
     text = text.replace("per cent", "percent")
     tokens = _UNIT_TOKEN.findall(text)
-    named = re.search(r"[A-Za-z%$]", text)
+    named = any(token[0].isalpha() or token in ("%", r"^\circ", r"\$") for token in tokens)
     if "".join(tokens) != text or not named or text.startswith(".") or tokens[0] in _SHORT:
         return None
     reader = _UnitReader()
@@ -192,6 +194,8 @@ def read_unit(text: str, letters: bool = False) -> Unit | None:
             reader.sign = reader.sign if reader.grouped else 1
         elif token[0] == "^" and not reader.raised(int(token.strip("^{}"))):
             return None
+    if reader.sign < 0 and not reader.grouped:  # 7/
+        return None
     powers = tuple(sorted((name, power) for name, power in reader.powers.items() if power))
     return Unit(powers, reader.factor)
 
