@@ -218,9 +218,9 @@ def quantity(answer: str, letters: bool = False) -> tuple[str, Unit]:
         of_function = rest.startswith(r"^\circ") and re.search(rf"\\(?:{FUNCTIONS})", before)
         found = read_unit(rest, letters) if rest and not of_function else None
         if found:
-            value, unit = answer[:end].strip(), found
+            value, unit = before.strip(), found
             break
-    currency = (_unit_name((sign[1] or sign[0]).strip("\\")), 1) if sign else None
-    if currency and currency not in unit.powers:
-        unit = replace(unit, powers=tuple(sorted([*unit.powers, currency])))
+    if sign:  # \$5\text{ dollars} are no square dollars
+        currency = (_unit_name(sign[1] or "$"), 1)
+        unit = replace(unit, powers=tuple(sorted({*unit.powers, currency})))
     return value, unit
