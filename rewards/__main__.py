@@ -24,7 +24,7 @@ def grade_line(grader: Grader, name: str, line: bytes) -> Verdict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"fault: not a JSON object with text and reference ({type(error).__name__}: {error})"
         return Verdict(None, reason)
-    return grader.grade_one(name, text, reference if isinstance(reference, dict) else str(reference))
+    return grader.grade_one(name, text, reference)
 
 
 def main() -> int:
