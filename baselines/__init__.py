@@ -46,7 +46,10 @@ def advantage(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor:
     needs.
     """
     check_advantage(name)
-    return spro.estimator()(ADVANTAGES[name])(batch, algo)
+    estimate = ADVANTAGES[name]
+    if not hasattr(estimate, "needs"):  # put into the table without the mark that does this
+        estimate = spro.estimator()(estimate)
+    return estimate(batch, algo)
 
 
 def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor | None:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import infra.processes
 
 import common
 from common import TINY, Work
@@ -100,7 +99,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="next to no work, to try the script")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    device = infra.processes.start_processes(30.0)
+    from infra.processes import start_processes
+
+    device = start_processes(30.0)
     dtype = "bfloat16" if common.on_gpu() else "float32"
     work = (
         replace(TINY, lengths="full")
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    infra.processes.command_line(main)
+    main()

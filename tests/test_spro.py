@@ -697,7 +697,7 @@ def test_an_estimator_is_its_formula_in_a_few_lines(name):
     function = ast.parse(inspect.getsource(baselines.ADVANTAGES[name])).body[0]
     docstring, *formula = function.body
     assert isinstance(docstring.value, ast.Constant)
-    assert formula[-1].end_lineno - formula[0].lineno < 12
+    assert len(formula) <= (10 if name == "prime_released" else 6)  # which follows the released code's detours
 
 
 def test_names_a_config_can_choose_exist():
