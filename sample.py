@@ -63,8 +63,7 @@ class SampleConfig(Block):
 
 
 class InverseCDF(LogitsProcessor):
-    """Chooses each row's next token by inverting the cumulative distribution at the row's uniform
-    of that step.
+    """Chooses tokens by inverting the cumulative distribution at the row's uniform of that step.
 
     uniforms [B, T] in [0, 1). Records log-prob and entropy [B, T] of every choice under
     softmax(logits / temperature), the full softmax, as the loss assumes it. temperature 0 chooses
@@ -87,18 +86,16 @@ class InverseCDF(LogitsProcessor):
         self.entropy = torch.zeros_like(uniforms, dtype=torch.float32)
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """logits [b, V] of the rows [b] of the batch, about to write token `step` of their
-        responses -> ids [b].
-        """
+        """logits [b, V] of the rows [b] that write token `step` of their responses -> ids [b]."""
         log_p = (logits[:, : self.vocab_size].float() / (self.temperature or 1.0)).log_softmax(-1)
         p = log_p.exp()
         if self.temperature == 0:
             chosen = log_p.argmax(-1, keepdim=True)
         else:
-            # 150k fp32 terms would move the later tokens' bounds
+            # In float64: 150k fp32 terms would move the later tokens' bounds. And from the right,
+            # so that a token of probability 0 is never chosen.
             cdf = p.cumsum(-1, dtype=torch.float64)
             point = self.uniforms[rows, step, None] * cdf[:, -1:]
-            # Right: never a token of probability 0
             chosen = torch.searchsorted(cdf, point, right=True)
         self.log_probs[rows, step] = log_p.gather(-1, chosen)[:, 0]
         self.entropy[rows, step] = torch.special.entr(p).sum(-1)
@@ -111,16 +108,12 @@ class InverseCDF(LogitsProcessor):
 
 
 def uniforms(keys: list[tuple[int, ...]], length: int) -> torch.Tensor:
-    """float64 [B, length] in [0, 1): row i is the stream of keys[i] = (seed, purpose, position,
-    sibling).
-    """
+    """float64 [B, length] in [0, 1): row i is the stream of keys[i]."""
     return torch.from_numpy(np.stack([rng_for(*key).random(length) for key in keys]))
 
 
 def generation_settings(policy: Policy, config: SampleConfig) -> GenerationConfig:
-    """All that steers `generate`. Greedy on purpose: `InverseCDF` has then chosen the token
-    already.
-    """
+    """All that steers `generate`. Greedy on purpose: `InverseCDF` has chosen the token already."""
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
@@ -143,8 +136,7 @@ def sample(
     group_size: int | None = None,
     temperature: float | None = None,
 ) -> Batch:
-    """`group_size` responses to every prompt, siblings adjacent -> a Batch of len(prompts) x
-    group_size rows, on CPU.
+    """`group_size` responses to every prompt, siblings adjacent -> a Batch on CPU.
 
     keys[i] = (seed, purpose, position) of prompt i; sibling g draws its uniforms from keys[i] +
     (g,). `group_size` and `temperature` (0: greedy) default to the config's. The ranks share the
@@ -159,12 +151,11 @@ def sample(
     ]
 
     def decode(rows) -> list[Batch]:
-        # Stable: siblings stay together
+        # Similar lengths go together; the order is stable, so that siblings stay together too.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        lengths = [len(rows[i][0]) + config.max_new_tokens for i in order]
         parts = []
-        for chosen in rows_at_once(
-            [len(rows[i][0]) + config.max_new_tokens for i in order], config.batch_tokens
-        ):
+        for chosen in rows_at_once(lengths, config.batch_tokens):
             part_prompts, part_keys = zip(*(rows[order[i]] for i in chosen), strict=True)
             parts.append(_sample_rows(policy, part_prompts, part_keys, config, temperature))
         return [Batch.cat(parts).select(torch.tensor(order).argsort())]
@@ -173,9 +164,7 @@ def sample(
 
 
 def rows_at_once(lengths: list[int], max_tokens: int) -> list[range]:
-    """Cut rows of ascending lengths into runs of at most `max_tokens`, padding included; none is
-    empty.
-    """
+    """Cut rows of ascending lengths into runs of at most `max_tokens`, padding included."""
     parts, start = [], 0
     for end in range(1, len(lengths) + 1):
         if end == len(lengths) or (end + 1 - start) * lengths[end] > max_tokens:

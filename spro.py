@@ -90,34 +90,32 @@ def outcome_advantage(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Te
 
 
 def process_reward(log_probs: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
-    """What the policy itself says each token was worth: `beta * (log pi_theta - log pi_ref)` (Eq.
-    6, Prop. 1).
+    """What the policy itself says each token was worth (Eq. 6, Prop. 1).
 
-    [B, T], [B, T] -> [B, T]. beta 0 gives 0 even where the log-ratio is not finite.
+    `beta * (log pi_theta - log pi_ref)`. [B, T], [B, T] -> [B, T]. beta 0 gives 0 even where the
+    log-ratio is not finite.
     """
     log_ratio = at_least_fp32(log_probs) - at_least_fp32(ref_log_probs)
     return beta * log_ratio if beta else torch.zeros_like(log_ratio)
 
 
 def cumulative_process_reward(process_rewards: Tensor, mask: Tensor) -> Tensor:
-    """Running sum of the process rewards along each response (Eq. 11); 0 where masked. [B, T] ->
-    [B, T].
+    """Running sum of the process rewards along each response (Eq. 11); 0 where masked.
 
-    The paper's R~_t also contains V(s_0), which depends on the prompt alone, so that it cancels
-    among siblings.
+    [B, T] -> [B, T]. The paper's R~_t also contains V(s_0), which depends on the prompt alone, so
+    that it cancels among siblings.
     """
     running = torch.where(mask, at_least_fp32(process_rewards), 0.0).cumsum(1)
     return torch.where(mask, running, 0.0)
 
 
 def masked_step_advantage(cpr: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """MSA (Eq. 12): at each step, the CPR minus its mean over the siblings still alive there. [B,
-    T] -> [B, T].
+    """MSA (Eq. 12): at each step, the CPR minus its mean over the siblings still alive there.
 
-    The mean includes the response itself; nothing is divided by a std. So at every step the living
-    siblings' MSA sum to 0, and a response that is the only one still alive has MSA exactly 0: a
-    long tail is driven by the outcome term alone. Raises ValueError if group_size < 2 or does not
-    divide B.
+    [B, T] -> [B, T]. The mean includes the response itself; nothing is divided by a std. So at
+    every step the living siblings' MSA sum to 0, and a response that is the only one still alive
+    has MSA exactly 0: a long tail is driven by the outcome term alone. Raises ValueError if
+    group_size < 2 or does not divide B.
 
     >>> cpr = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.1, 0.0]])
     >>> mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -181,10 +179,8 @@ def spro_advantage(batch, algo):
     return outcome_advantage(batch.rewards, batch.group_size)[:, None] + msa
 
 
-ADVANTAGES = {
-    "spro": spro_advantage,
-    "grpo": grpo_advantage,
-}  # the whole table is baselines.ADVANTAGES
+# The part of the table that stands here; baselines.ADVANTAGES is the whole.
+ADVANTAGES = {"spro": spro_advantage, "grpo": grpo_advantage}
 
 
 # --- advantage -> loss (Eq. 14) -------------------------------------------------------------------
@@ -267,12 +263,12 @@ def policy_loss(
 
 
 def keep_groups(rewards: Tensor, group_size: int, low: float, high: float) -> Tensor:
-    """Which groups are learned from: those whose mean reward lies in [low, high]. rewards [B] ->
-    bool [B / G].
+    """Which groups are learned from: those whose mean reward lies in [low, high].
 
-    A NaN reward (a response without a verdict) drops its group. [0, 1] keeps all groups, the
-    all-right and all-wrong ones too, where SPRO still has a step term; [0.01, 0.99] drops just
-    those (of 0/1 rewards, with G up to 100); PRIME (arXiv 2502.01456) uses [0.2, 0.8].
+    rewards [B] -> bool [B / G]. A NaN reward (a response without a verdict) drops its group. [0, 1]
+    keeps all groups, the all-right and all-wrong ones too, where SPRO still has a step term; [0.01,
+    0.99] drops just those (of 0/1 rewards, with G up to 100); PRIME (arXiv 2502.01456) uses [0.2,
+    0.8].
     """
     mean = by_group(rewards.double(), group_size).mean(1)
     return (mean > low - 1e-6) & (mean < high + 1e-6)  # fp32 rewards: 0.8 is 0.80000001
@@ -295,9 +291,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def by_group(x: Tensor, group_size: int) -> Tensor:
-    """View [B, ...] as [B / G, G, ...]; siblings are adjacent rows. Raises ValueError where that
-    cannot be.
-    """
+    """View [B, ...] as [B / G, G, ...]; siblings are adjacent rows. ValueError if it cannot be."""
     if group_size < 2:
         raise ValueError(
             f"group_size is {group_size}: a response is compared with its siblings, so at least 2"
@@ -308,11 +302,10 @@ def by_group(x: Tensor, group_size: int) -> Tensor:
 
 
 def centred_rewards(rewards: Tensor, group_size: int) -> Tensor:
-    """`r - mean` inside each group, [B] -> [B / G, G]; exactly 0 in a group of equal rewards, by a
-    test for equality.
+    """`r - mean` inside each group, [B] -> [B / G, G]; exactly 0 in a group of equal rewards.
 
-    In floating point seven rewards of 0.7 do not have mean 0.7, and dividing by their tiny std
-    would blow that up.
+    By a test for equality: in floating point seven rewards of 0.7 do not have mean 0.7, and
+    dividing by their tiny std would blow that up.
     """
     grouped = by_group(at_least_fp32(rewards), group_size)
     all_equal = (grouped == grouped[:, :1]).all(1, keepdim=True)
@@ -387,43 +380,36 @@ class Batch:
 
     def layouts(self) -> dict[str, str]:
         """name -> layout of every field that is set and has rows."""
-        named = {f.name: f.metadata.get("layout") for f in fields(self)}
-        return {
-            name: layout
-            for name, layout in named.items()
-            if layout and getattr(self, name) is not None
-        }
+        rowed = [f for f in fields(self) if "layout" in f.metadata]
+        return {f.name: f.metadata["layout"] for f in rowed if getattr(self, f.name) is not None}
 
     def select(self, rows: Tensor) -> "Batch":
         """The given rows in the given order, padding as it is."""
         chosen = {}
         for name in self.layouts():
             values = getattr(self, name)
-            chosen[name] = (
-                values[rows]
-                if isinstance(values, Tensor)
-                else tuple(values[i] for i in rows.tolist())
-            )
+            if isinstance(values, Tensor):
+                chosen[name] = values[rows]
+            else:
+                chosen[name] = tuple(values[i] for i in rows.tolist())
         return replace(self, **chosen)
 
     def trim(self) -> "Batch":
-        """Without the columns that are padding in every row; at least one column of each kind
-        stays.
-        """
-        P, T = self.prompt_length, self.mask.shape[1]
-        prompts = self.attention_mask[:, :P].sum(1)
-        longest_prompt = max(1, *prompts.tolist(), 0)
+        """Without columns that are padding in every row; one of each kind stays in any case."""
+        P = self.prompt_length
+        longest_prompt = max(1, *self.attention_mask[:, :P].sum(1).tolist(), 0)
         longest_response = max(1, *self.mask.sum(1).tolist(), 0)
+        if longest_prompt == P and longest_response == self.mask.shape[1]:
+            return self
         columns = {
             STEP: slice(0, longest_response),
             POSITION: slice(P - longest_prompt, P + longest_response),
         }
-        if longest_prompt == P and longest_response == T:
-            return self
-        wide = {name: layout for name, layout in self.layouts().items() if layout in columns}
-        return replace(
-            self, **{name: getattr(self, name)[:, columns[layout]] for name, layout in wide.items()}
-        )
+        trimmed = {}
+        for name, layout in self.layouts().items():
+            if layout in columns:
+                trimmed[name] = getattr(self, name)[:, columns[layout]]
+        return replace(self, **trimmed)
 
     def to(self, device: torch.device) -> "Batch":
         """The same with all its tensors on `device`."""
@@ -433,40 +419,30 @@ class Batch:
 
     @staticmethod
     def cat(parts: list["Batch"]) -> "Batch":
-        """The parts' rows one after the other, padded to the longest prompt and the longest
-        response.
-        """
-        if any(part.layouts() != parts[0].layouts() for part in parts):
-            raise ValueError(
-                "the parts do not have the same fields: a stage has run on some of them alone"
-            )
+        """The parts' rows one after the other, padded to the longest prompt and response."""
+        layouts = parts[0].layouts()
+        if any(part.layouts() != layouts for part in parts):
+            raise ValueError("the parts do not have the same fields: a stage has run on some alone")
         P = max(part.prompt_length for part in parts)
         T = max(part.mask.shape[1] for part in parts)
+
+        def padded(part: "Batch", name: str) -> Tensor:
+            left = P - part.prompt_length if layouts[name] == POSITION else 0
+            return F.pad(getattr(part, name), (left, T - part.mask.shape[1]))
+
         joined = {}
-        for name, layout in parts[0].layouts().items():
-            values = [getattr(part, name) for part in parts]
-            if layout == ROW and not isinstance(values[0], Tensor):
-                joined[name] = tuple(value for part in values for value in part)
-                continue
+        for name, layout in layouts.items():
             if layout != ROW:
-                values = [
-                    F.pad(
-                        x,
-                        (
-                            P - part.prompt_length if layout == POSITION else 0,
-                            T - part.mask.shape[1],
-                        ),
-                    )
-                    for x, part in zip(values, parts, strict=True)
-                ]
-            joined[name] = torch.cat(values)
+                joined[name] = torch.cat([padded(part, name) for part in parts])
+            elif isinstance(getattr(parts[0], name), Tensor):
+                joined[name] = torch.cat([getattr(part, name) for part in parts])
+            else:
+                joined[name] = tuple(value for part in parts for value in getattr(part, name))
         return replace(parts[0], **joined)
 
     @staticmethod
     def from_texts(prompts: list[list[int]], texts: list[str], tokenizer: Any) -> "Batch":
-        """Given responses, each ended by the stop token, behind their prompts' ids: supervised
-        data as a Batch.
-        """
+        """Given responses, each ended by the stop token, behind their prompts' ids."""
         ids = tokenizer(list(texts), add_special_tokens=False).input_ids
         responses = [[*response, tokenizer.eos_token_id] for response in ids]
         P, T = max(map(len, prompts)), max(map(len, responses))
