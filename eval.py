@@ -27,7 +27,7 @@ from data import DataConfig, apply_prompt, encode_prompts, load_problems, requir
 from infra.config import Block, knob, saved_block, saved_config
 from infra.console import programs_line
 from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped, enough_memory
-from infra.outputs import open_outputs, read_outputs
+from infra.eval_outputs import open_outputs, read_outputs
 from infra.processes import (
     command_line,
     map_over_ranks,
@@ -41,7 +41,7 @@ from infra.rng import Draw
 from infra.run_folder import append_line
 from model import Policy
 from rewards import Grader, RewardConfig
-from rewards.scores import benchmark_metrics, wilson_interval
+from rewards.benchmark_metrics import benchmark_metrics, wilson_interval
 from sample import SampleConfig, context_left, open_run, sample
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem

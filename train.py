@@ -30,7 +30,7 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import diagnostics, lines, prime, supervised
+from baselines import diagnostics, line_steps, prime, supervised
 from baselines.prime import PrimeConfig
 from data import DataConfig
 from eval import EvalConfig
@@ -242,7 +242,7 @@ def train(
             )
             learned = replace(learned, process_log_probs=process_log_probs)
         if baselines.needs(a.advantage, "lines"):
-            learned = replace(learned, step_ids=lines.line_ids(learned, tokenizer, a.line_end))
+            learned = replace(learned, step_ids=line_steps.line_ids(learned, tokenizer, a.line_end))
         learned = replace(learned, advantages=baselines.advantage(a.advantage, learned, a))
         outcome = baselines.outcome_term(a.advantage, learned, a)  # all but the step term: to log
 

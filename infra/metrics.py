@@ -78,8 +78,9 @@ def check_refused(state: dict, update: dict, where: str) -> None:
 
 
 def sampling_metrics(batch, scores: torch.Tensor, kept: torch.Tensor) -> dict[str, float]:
-    """Over all responses of a step. scores [B], the verdicts', NaN where there is none; kept [B
-    / G] bool.
+    """Over all responses of a step.
+
+    scores: [B], the verdicts', NaN where there is none. kept: [B / G] bool, one per group.
     """
     groups = scores.view(-1, batch.group_size)
     lengths = batch.mask.sum(1).double()

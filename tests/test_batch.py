@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from baselines.lines import line_ids
+from baselines.line_steps import line_ids
 from sample import SampleConfig, sample
 from spro import Batch, per_row, per_step
 from tasks.chain import chain_tokenizer

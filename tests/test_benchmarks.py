@@ -13,7 +13,7 @@ import train
 from infra.errors import BadInput
 from infra.processes import command_line
 from rewards import GRADERS
-from rewards.scores import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
+from rewards.benchmark_metrics import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
 
 import chaos
 from helpers import jsonl, published, saved_chat_model

@@ -13,7 +13,7 @@ from eval import evaluate
 from infra.errors import RunStopped
 from infra.metrics import sampling_metrics, token_metrics
 from rewards import GRADERS, Grader, RewardConfig
-from rewards.scores import wilson_interval
+from rewards.benchmark_metrics import wilson_interval
 from sample import SampleConfig, sample
 from spro import Batch
 from tasks.chain import chain_solution, chain_tokenizer

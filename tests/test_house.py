@@ -253,8 +253,8 @@ def examples(text: str) -> list[str]:
 def test_the_readmes_grader_and_dataset_work_as_they_stand(tmp_path, monkeypatch):
     _, grader, dataset = examples(README)
     assert max(example.count("\n") for example in examples(README)) <= 10
-    monkeypatch.setattr(rewards, "GRADERS", dict(rewards.GRADERS))
-    exec(grader, vars(rewards))
+    monkeypatch.setattr(rewards.graders, "GRADERS", dict(rewards.GRADERS))
+    exec(grader, vars(rewards.graders))
     verdicts = [rewards.Grader().grade_one("short", "x" * n, None).score for n in (10, 300, 500)]
     assert verdicts == [1.0, 0.5, 0.0]
     monkeypatch.setattr(tasks.datasets, "ROWS", dict(tasks.datasets.ROWS))

@@ -133,7 +133,9 @@ def read_line(text: bytes) -> dict:
     kept = "advantage" in line
     needed = [*PER_RESPONSE, *(("log_prob", "entropy") if kept else ())]
     if missing := [name for name in needed if name not in line]:
-        raise ValueError(f"it has no {missing[0]!r}")
+        raise ValueError(
+            f"it has no {missing[0]!r}; dumps of an earlier version want the commit that config.yaml names"
+        )
     line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
     if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["piece"])} or not line["piece"]:
         raise ValueError("its lists of values per token differ in length")
