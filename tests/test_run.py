@@ -22,6 +22,8 @@ import pytest
 import torch
 import train
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from infra.config import read_config
 from infra.errors import BadInput, RunStopped
 from model import load
@@ -202,6 +204,189 @@ def test_a_config_overrides_its_base_key_by_key_and_is_saved_resolved(tmp_path):
 )
 def test_a_base_that_is_none_is_refused_in_one_line(texts, words, tmp_path):
     assert words in refusal(config_of, written(tmp_path, **texts))
+
+
+TEXTS = [
+    "End with #### and the number.",
+    "{question} Think.\n\nThen answer.",
+    "yes", "1e3", "null", "~", "", " ", "0x1f", "2024-01-01", "[1, 2]", "{a: b}", "'quoted'", '"a\\n"', "a: b # c",
+    "- item", "| \n  x", "&a", "*a", "!!int 3", "%", "\t", "\u00e9\U0001f600\u2028", "a=b=c", "\r\n",
+]  # fmt: skip
+TEXT_KEYS = [key for key, field in infra.config.knobs(train.Config).items() if field.default == ""]
+
+
+def value_of(config, key: str):
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_kind_21_a_text_is_taken_to_the_letter(text, tmp_path):
+    """On the command line, and as YAML writes it down; a prompt must hold {question} to be one at all."""
+    values: dict = {}
+    for key in TEXT_KEYS:
+        infra.config.override(values, f"{key}={text}", train.Config)
+        assert value_of(values, key) == text
+    assert config_of(f"data.system_prompt={text}").data.system_prompt == text
+    assert config_of(f"data.prompt={{question}}{text}").data.prompt == "{question}" + text
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"data": {"system_prompt": text}}))
+    assert config_of(str(file)).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5", 5), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("1.5", 1.5), ("'5'", "5"), ('"a\\n"', "a\n"),
+        ("a # b", "a # b"),
+        ("two\n  lines", "two\n  lines"), ("# a", "# a"), ("", ""), ("1e-4", "1e-4"), (" a ", " a "),
+    ],
+)  # fmt: skip
+def test_kind_21_a_value_of_no_declared_type_is_yamls_and_bare_text_to_the_letter(text, value):
+    assert config_of(f"model.scratch.x={text}").model.scratch == {"x": value}
+    assert config_of(f"model.scratch.x.y={text}").model.scratch == {"x": {"y": value}}
+    weight = value if type(value) in (int, float) else None
+    if weight is not None:
+        assert config_of(f"reward.bonus.boxed={text}").reward.bonus == {"boxed": weight}
+    else:
+        assert "must be a number" in refusal(config_of, f"reward.bonus.boxed={text}")
+
+
+@pytest.mark.parametrize("value", ["yes", "5", "1.0", "null", "", "2024-01-01", "[a]"])
+def test_kind_21_a_text_that_yaml_reads_as_something_else_is_refused_with_what_to_do(value, tmp_path):
+    file = written(tmp_path, c=f"data:\n  system_prompt: {value}\n")
+    assert "data.system_prompt must be of type str" in refusal(config_of, file)
+    assert "put it in quotes" in refusal(config_of, file)
+
+
+@pytest.mark.parametrize(
+    "text, key, lines",
+    [
+        ("train: {steps: 5}\neval: {every: 3}\ntrain: {epochs: 2}", "'train'", "1 and 3"),
+        ("train: {steps: 5,\n  steps: 6}", "'steps'", "1 and 2"),
+        ("train:\n  steps: 5\n  epochs: 2\n  steps: 6", "'steps'", "2 and 4"),
+        ("'seed': 1\nseed: 2", "'seed'", "1 and 2"),
+        ('seed: 1\n"se\\x65d": 2', "'seed'", "1 and 2"),
+        ("model:\n  scratch:\n    a: {b: [{c: 1}, {d: 1,\n      d: 2}]}", "'d'", "3 and 4"),
+        ("model: {scratch: {1: a, 1.0: b}}", "1.0", "1 and 1"),
+        ("model: {scratch: {true: a, yes: b}}", "True", "1 and 1"),
+        ("seed: 1\nbase: a.yaml\nbase: b.yaml", "'base'", "2 and 3"),
+        ("x: &a {seed: 1}\n<<: *a\nseed: 2\nseed: 3", "'seed'", "3 and 4"),
+    ],
+)
+def test_kind_22_a_key_that_stands_twice_is_an_error_that_names_both_lines(text, key, lines, tmp_path):
+    wanted = f"key {key} stands twice, in lines {lines}"
+    assert wanted in refusal(config_of, written(tmp_path, c=text))
+    assert wanted in refusal(config_of, written(tmp_path, c=text, d="base: c.yaml\nseed: 4"))
+    assert wanted in refusal(infra.config.override, {}, f"model.scratch={text}", train.Config)
+
+
+def test_kind_22_merge_keys_override_as_yaml_means_them_to_wherever_they_stand(tmp_path):
+    text = """
+model:
+  scratch:
+    first: &first {a: 1, b: 2}
+    deep: {er: &second {<<: *first, b: 3}}
+    both: {<<: [*first, {c: 5}], a: 4}
+train: {<<: &third {steps: 5, epochs: 2}, steps: 6}
+eval: {every: 3}
+"""
+    config = config_of(written(tmp_path, c=text))
+    assert config.model.scratch["deep"] == {"er": {"a": 1, "b": 3}}
+    assert config.model.scratch["both"] == {"a": 4, "b": 2, "c": 5}
+    assert (config.train.steps, config.train.epochs) == (6, 2)
+    # The mapping that is merged stands deeper than the one that takes it, so it is made later
+    deeper = "a: {b: &m {<<: &n {x: 1}, x: 2}}\nc: {<<: *m, y: 3}"
+    assert infra.config.parse_yaml(deeper) == yaml.safe_load(deeper)
+
+
+@pytest.mark.parametrize("text", ["1: a\n'1': b", "a: 1\nA: 2", "a: {x: 1}\nb: {x: 1}", "? a\n: 1\n? b\n: 2"])
+def test_kind_22_keys_that_differ_are_two(text):
+    assert len(infra.config.parse_yaml(text)) == 2
+
+
+# --- what no config may do: anything but be read, or be refused in one line ----------------------------------------
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+YAML_BITS = st.sampled_from([
+    *"[]{}:,-?&*!|>#%@`'\"\n \t\\~=<0.", "<<", "*a", "&a ", "!!int ", "!!bool x", "!!timestamp x", "!!set ", "0x_",
+    "1e3",
+    "2024-99-99", "1:99", "null", "yes", ".nan", ".inf", "\ud800",
+    "\x00", "\u2028", "---", "...", "a: ", "train: ", "? ",
+    "!!binary x", "!!python/object:os.system ", "9" * 400, "[" * 400,
+    "base: ", "seed", "model", "scratch: ", "steps: ",
+])  # fmt: skip
+MESSES = st.lists(YAML_BITS, max_size=12).map("".join)
+
+
+def read_or_refused(work, *args):
+    """What `work` gives; None where it refused, which must be by BadInput, in one line."""
+    try:
+        return work(*args)
+    except BadInput as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=ANY_TEXT)
+def test_kind_21_any_text_comes_back_from_the_command_line_and_from_yaml(text):
+    assert config_of(f"data.system_prompt={text}").data.system_prompt == text
+    assert config_of(f"algorithm.line_end={text};").algorithm.line_end == text + ";"
+    config = config_of(f"data.prompt={text}{{question}}{text}")
+    assert config.data.prompt == f"{text}{{question}}{text}"
+    again = infra.config.parse_yaml(yaml.safe_dump(infra.config.to_dict(config)))
+    assert infra.config.build_config(train.Config, again, infra.config.all_keys(train.Config)) == config
+    assert not infra.config.changes(again, config)
+
+
+@settings(max_examples=120, deadline=None)
+@given(key=st.sampled_from([*infra.config.all_keys(train.Config), "model.scratch.x", "model", "x.y"]), text=MESSES)
+def test_kind_21_any_argument_is_read_or_refused_in_one_line(key, text):
+    config = read_or_refused(config_of, f"{key}={text}")
+    if config:
+        json.dumps(infra.config.to_dict(config)).encode()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=MESSES)
+def test_kind_22_any_file_is_read_or_refused_in_one_line(text, tmp_path):
+    file = tmp_path / "any.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    read_or_refused(config_of, str(file))
+
+
+NAMES = st.text("abc\u00e9 :#'", min_size=1, max_size=4)
+TREES = st.recursive(
+    st.integers(0, 9), lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3), max_leaves=8
+)
+
+
+def in_flow(tree, doubled: list[str], path: str = "") -> str:
+    """A tree as YAML in one line; the key at `doubled` stands twice."""
+    if not isinstance(tree, dict):
+        return str(tree)
+    items = []
+    for key, value in tree.items():
+        here = f"{path}/{key}"
+        items += [f"{json.dumps(key)}: {in_flow(value, doubled, here)}"] * (2 if here in doubled else 1)
+    return "{" + ", ".join(items) + "}"
+
+
+def places_of(tree, path: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return []
+    below = [place for key, value in tree.items() for place in places_of(value, f"{path}/{key}")]
+    return [*below, *(f"{path}/{key}" for key in tree)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=st.dictionaries(NAMES, TREES, min_size=1, max_size=3), data=st.data())
+def test_kind_22_a_doubled_key_is_found_wherever_it_stands_and_no_other_is(tree, data):
+    assert infra.config.parse_yaml(in_flow(tree, [])) == tree
+    place = data.draw(st.sampled_from(places_of(tree)))
+    with pytest.raises(yaml.YAMLError, match="stands twice, in lines 1 and 1"):
+        infra.config.parse_yaml(in_flow(tree, [place]))
 
 
 @pytest.mark.parametrize("file", [f for f in ABLATIONS if f.stem not in {"base", *TASKS}], ids=lambda file: file.stem)
