@@ -464,7 +464,7 @@ def main() -> None:
     )
     if config.dry_run:
         layers = sharding.decoder_layers(policy)
-        logits = model.fast.LOGITS_AT_ONCE if model.fast else math.inf
+        logits = policy.fast.LOGITS_AT_ONCE if policy.fast else math.inf
         processes.print0(memory.dry_run_report(config, policy, layers, train_set[1], logits))
         return
 

@@ -31,9 +31,22 @@ def distributed_or_not():
         yield {"no_dist": not dist.is_initialized()}
 
 
+def kept_buffers(model) -> dict[str, torch.Tensor]:
+    """The buffers that belong to what a model has learned, by name, such as the bias of a router
+    of experts; what can be made anew (rotary tables) is not among them.
+    """
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def saved_tensors(model) -> dict[str, torch.Tensor]:
+    """All that is saved of a model, by name; a tied weight is listed once."""
+    return dict(model.named_parameters()) | kept_buffers(model)
+
+
 def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
-    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and
-    loading.
+    """Weights, buffers and AdamW moments by name, sharing memory with all: the same dict serves
+    saving and loading.
 
     `trained` holds (Policy, optimizer) by name. `named_parameters` lists a tied weight once. Before
     the first optimizer step the moments are made here, as zeros.
@@ -51,7 +64,15 @@ def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
                 f"{owner}.optimizer.{moment}.{name}": state[moment]
                 for moment in ("exp_avg", "exp_avg_sq")
             }
-    return tensors
+    return tensors | buffer_tensors(trained)
+
+
+def buffer_tensors(trained: dict) -> dict[str, torch.Tensor]:
+    return {
+        f"{owner}.model.{name}": buffer
+        for owner, (policy, _) in trained.items()
+        for name, buffer in kept_buffers(policy.model).items()
+    }
 
 
 def _sha256(file: Path) -> str:
@@ -169,8 +190,12 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
     """
     state = json.loads((checkpoint / "state.json").read_text())
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    tensors = training_tensors(trained)
+    # An earlier version saved no buffers: they stay as the model that the run starts from has them
+    for name in buffer_tensors(trained).keys() - reader.read_metadata().state_dict_metadata.keys():
+        del tensors[name]
     with distributed_or_not() as options:
-        dcp.load(training_tensors(trained), storage_reader=reader, **options)
+        dcp.load(tensors, storage_reader=reader, **options)
     for name, (_, optimizer) in trained.items():
         for moments in optimizer.state.values():
             moments["step"].fill_(state["adam_steps"][name])
