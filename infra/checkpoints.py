@@ -202,19 +202,26 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
     return state
 
 
-def resume(wanted: bool, folder: Path, trained: dict, start_hash: str | None) -> dict:
+def resume(
+    wanted: bool,
+    folder: Path,
+    trained: dict,
+    start_hash: str | None,
+    problems: dict[str, str] | None = None,
+) -> dict:
     """The state to go on from, all that is not a tensor: of the newest checkpoint that holds, else
     of the start.
 
     Fills `trained`, (Policy, optimizer) by name, and cuts metrics.jsonl back to where that state
     stands. `wanted`: the user has asked to resume, and is told where there is nothing to go on
-    from. Raises BadInput where the model that the run started from, by its `start_hash`, is another
-    one now.
+    from. Raises BadInput where the model that the run started from, by its `start_hash`, or its
+    `problems`, {which: hash}, are others now.
     """
     state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
     state |= {"before": None, "after": None, "best": None}
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
+        check_problems(folder, checkpoint, problems or {})
         state |= load_checkpoint(checkpoint, trained)
         if state["start_hash"] != start_hash:
             raise BadInput(
@@ -225,4 +232,21 @@ def resume(wanted: bool, folder: Path, trained: dict, start_hash: str | None) ->
     elif wanted:
         print0("resume: no valid checkpoint yet, so RL starts over")
     keep_metrics_through(folder, state["step"] if checkpoint else -1)
-    return state
+    return state | {"problems": problems or state.get("problems")}
+
+
+def check_problems(folder: Path, checkpoint: Path, problems: dict[str, str]) -> None:
+    """Raises BadInput where a run's problems, {which: hash}, are not those that it began with."""
+    before = json.loads((checkpoint / "state.json").read_text()).get("problems")
+    if before is None:
+        print0(
+            "resume: an earlier version wrote this checkpoint and kept no hash of the problems: "
+            "whether they are the same could not be compared"
+        )
+        return
+    changed = [which for which in problems if problems[which] != before.get(which)]
+    if changed:
+        raise BadInput(
+            f"the {' and '.join(changed)} problems of {folder} have changed since it began (their "
+            "texts, references, number or order): bring them back, or start another run"
+        )

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import infra.checkpoints
@@ -28,10 +30,11 @@ from infra.config import read_config
 from infra.errors import BadInput, RunStopped
 from model import load
 from tasks.chain import chain_tokenizer
+from tasks.problem import Problem, problems_hash
 
 import chaos
 from conftest import TINY, checkpoints, finished, ran, started
-from helpers import tiny_model
+from helpers import jsonl, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
 CONFIGS = sorted((chaos.ROOT / "configs").rglob("*.yaml"))
@@ -908,6 +911,79 @@ def test_a_run_does_not_go_on_with_another_reference_than_it_began_with(straight
     trained = {"policy": (policy, model.make_optimizer(policy, train.TrainConfig()))}
     words = refusal(infra.checkpoints.resume, True, folder, trained, "another hash")
     assert "started from has changed on disk" in words
+
+
+# --- the problems are part of a run -------------------------------------------------------------------------------
+
+PROBLEMS = [Problem(f"{i}b+5?", str((i + 5) % 10), "chain", "Be brief.") for i in range(6)]
+CHANGES = {
+    "a reference": [*PROBLEMS[:5], replace(PROBLEMS[5], reference="7")],
+    "a reference's type": [*PROBLEMS[:5], replace(PROBLEMS[5], reference=0)],
+    "a prompt": [*PROBLEMS[:5], replace(PROBLEMS[5], prompt="5b+5? ")],
+    "a system prompt": [replace(PROBLEMS[0], system=""), *PROBLEMS[1:]],
+    "a grader": [replace(PROBLEMS[0], grader="number"), *PROBLEMS[1:]],
+    "their number": PROBLEMS[:5],
+    "their order": PROBLEMS[::-1],
+    "where a text ends": [replace(PROBLEMS[0], prompt="0b+5?Be", system=" brief."), *PROBLEMS[1:]],
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_kind_23_the_hash_of_problems_is_another_where_anything_that_matters_is(what):
+    assert problems_hash(CHANGES[what]) != problems_hash(PROBLEMS)
+
+
+def test_kind_23_the_hash_is_the_same_on_every_machine_and_for_every_order_of_keys():
+    answers = [{"a": 1, "b": [None, 0.5]}, {"b": [None, 0.5], "a": 1}]
+    first, second = (problems_hash([Problem("\u00e9\ud800?", answer, "math")]) for answer in answers)
+    text = r'["\u00e9\ud800?", "", "math", {"a": 1, "b": [null, 0.5]}]' + "\n"
+    assert first == second == hashlib.sha256(text.encode()).hexdigest()
+    assert problems_hash(list(PROBLEMS)) == problems_hash(PROBLEMS)
+
+
+def without_problems(checkpoint: Path) -> None:
+    """Make it one of an earlier version, which wrote no hash of the problems."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["problems"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    file = checkpoint / "state.json"
+    manifest["state.json"] = {"bytes": file.stat().st_size, "sha256": infra.checkpoints._sha256(file)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_kind_23_a_run_goes_on_with_the_problems_that_it_began_with_alone(warm, tmp_path):
+    rows = [{"prompt": f"{i}b+{j}?", "reference": str((i + j) % 10)} for i in range(9) for j in range(9)]
+    held_out = [{"prompt": f"9b+{j}?", "reference": str((9 + j) % 10)} for j in range(4)]
+    files = {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl"}
+    jsonl(files["train"], rows), jsonl(files["held_out"], held_out)
+    run = tmp_path / "run"
+    arguments = [warm, "data.source=file", f"data.path={files['train']}", f"data.held_out_path={files['held_out']}"]
+    arguments += ["reward.grader=chain", "data.train_size=0", "data.held_out_size=4", "eval.prompts=4", "resume=true"]
+    finished(run, *arguments, "train.steps=1")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert set(json.loads((checkpoint / "state.json").read_text())["problems"]) == {"training", "held-out"}
+
+    wrong, fewer = [rows[0] | {"reference": "?"}, *rows[1:]], rows[1:]
+    asked = [held_out[0] | {"prompt": "9b-1?"}, *held_out[1:]]
+    changes = [("training", wrong, held_out), ("training", fewer, held_out), ("held-out", rows, asked)]
+    changes += [("training and held-out", wrong, asked)]
+    for which, *changed in changes:
+        for file, lines in zip(files.values(), changed, strict=True):
+            jsonl(file, lines)
+        code, words = ran(run, *arguments, "train.steps=2")
+        assert code == 2 and f"error: the {which} problems of {run} have changed since it began" in words
+    jsonl(files["train"], rows[::-1]), jsonl(files["held_out"], held_out)  # a file's order is none of a run's
+    assert "going on after step 1" in finished(run, *arguments, "train.steps=2", "eval.prompts=3")
+
+    newest = max((run / "checkpoints").iterdir())
+    without_problems(newest)
+    jsonl(files["train"], wrong)
+    words = finished(run, *arguments, "train.steps=3")
+    assert "whether they are the same could not be compared" in words and "going on after step 2" in words
+    jsonl(files["train"], rows)  # from there on they are known
+    code, words = ran(run, *arguments, "train.steps=4")
+    assert code == 2 and "the training problems of" in words
 
 
 # --- the dry run --------------------------------------------------------------------------------------------------
