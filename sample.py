@@ -8,8 +8,8 @@ Every token is chosen by inverting the cumulative distribution at one uniform nu
 number is a function of (seed, purpose, prompt position, sibling, token position) alone: not of how
 prompts are batched, of which rows have finished, or of how many processes share the work. For the
 same rows decoded together a sample is the same to the last bit, on a CPU. Other rows beside it
-round the distribution otherwise, which moves its bounds by some 1e-7 in fp32: now and then a token
-flips, and that response goes on differently. See docs/algorithm.md.
+round the distribution otherwise, which moves its bounds: now and then a token flips, and that
+response goes on differently. docs/algorithm.md says how often.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
