@@ -6,6 +6,8 @@ function of (seed, p), so that the position is all the data state a checkpoint n
 """
 
 import math
+import re
+import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
@@ -208,35 +210,135 @@ class TokenIds(Sequence):
         return TokenIds(self.rows[i]) if isinstance(i, slice) else self.rows[i].tolist()
 
 
+class ControlTokens:
+    """The tokens of a tokenizer that steer: they end turns, responses and texts. In a problem's
+    text they are text; only a chat template and the tokenizer itself may write them.
+    """
+
+    def __init__(self, tokenizer, chat_template: bool):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ids = special.keys() - {tokenizer.unk_token_id}
+        # Longest first, as the tokenizer finds them, with the spaces that they swallow
+        tokens = sorted(special.values(), key=lambda token: -len(token.content))
+        self.texts = [token.content for token in tokens]
+        self.starts = {text[:2] for text in self.texts}
+        alternatives = [
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in tokens
+        ]
+        self.pattern = re.compile(f"({'|'.join(alternatives)})")
+
+    def are_in(self, problem: Problem) -> bool:
+        together = problem.system + problem.prompt
+        # A tokenizer may have thousands, of a few kinds
+        if not any(start in together for start in self.starts):
+            return False
+        return any(text in together for text in self.texts)
+
+    def ids_as_text(self, problem: Problem) -> list[int] | None:
+        """Ids of a prompt whose text holds control tokens, which are ordinary text in it; None
+        where this tokenizer has no way to say so.
+
+        A harmless text takes their place while the template is applied. What it wrote of them is
+        then what there is, and all between is encoded as text. The ids of the harmless prompt must
+        come out as those of the usual way, or cutting changes what is cut.
+        """
+        problem_text = problem.system + problem.prompt
+        mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in problem_text)
+        harmless = {text: f"{mark}{i}{mark}" for i, text in enumerate(self.texts)}
+        disguised = replace(
+            problem,
+            prompt=_replaced(problem.prompt, harmless),
+            system=_replaced(problem.system, harmless),
+        )
+        asked = prompt_text(disguised, self.tokenizer, self.chat_template)
+        pieces = self.pattern.split(asked)  # every second one is a control token
+        original = {stand_in: text for text, stand_in in harmless.items()}
+        revealed = [_replaced(piece, original) for piece in pieces]
+        ids, usual = self._ids_of_pieces(revealed), self._ids(asked)
+        own = sum(i in self.ids for i in usual)
+        is_sound = self._ids_of_pieces(pieces) == usual and sum(i in self.ids for i in ids) == own
+        return ids if is_sound else None
+
+    def _ids_of_pieces(self, pieces: list[str]) -> list[int]:
+        return [i for k, piece in enumerate(pieces) for i in self._ids(piece, as_text=k % 2 == 0)]
+
+    def _ids(self, text: str, as_text: bool = False) -> list[int]:
+        return self.tokenizer(
+            text, add_special_tokens=not self.chat_template, split_special_tokens=as_text
+        ).input_ids
+
+
+def _replaced(text: str, by: dict[str, str]) -> str:
+    for old, new in by.items():
+        text = text.replace(old, new)
+    return text
+
+
 def encode_prompts(
-    problems: list[Problem], tokenizer, limit: int, chat_template: bool = True
+    problems: list[Problem],
+    tokenizer,
+    limit: int,
+    chat_template: bool = True,
+    known_ids: int = sys.maxsize,
 ) -> tuple[list[Problem], TokenIds]:
     """The problems whose prompts fit into `limit` tokens, and those prompts' ids; the others are
     counted, not cut.
 
     With `chat_template`, in the tokenizer's chat template if it has one, which writes its own begin
-    token then.
+    token then. Control tokens in a problem's text are text. From `known_ids` on the model has no
+    embedding: BadInput.
     """
     chat = chat_template and bool(tokenizer.chat_template)
+    control = ControlTokens(tokenizer, chat)
     fitting, rows = [], []
+    as_text = unsound = 0
     for start in range(0, len(problems), 1000):
         part = problems[start : start + 1000]
         texts = [prompt_text(problem, tokenizer, chat) for problem in part]
         for problem, ids in zip(
             part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True
         ):
-            if len(ids) <= limit:
+            if control.are_in(problem):
+                as_text += 1
+                ids = control.ids_as_text(problem)
+            if ids is None:
+                unsound += 1
+            elif len(ids) <= limit:
+                require_known(ids, known_ids, tokenizer)
                 fitting.append(problem)
                 rows.append(array("i", ids))
+    say_left_out(len(problems), len(fitting), as_text, unsound, limit)
+    return fitting, TokenIds(rows)
+
+
+def require_known(ids: list[int], known_ids: int, tokenizer) -> None:
+    """Raises BadInput where the tokenizer writes ids that the model has no embedding for."""
+    if (largest := max(ids, default=0)) >= known_ids:
+        raise BadInput(
+            f"data: a prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest}, but "
+            f"the model's embedding has {known_ids} rows: this is not the model's tokenizer"
+        )
+
+
+def say_left_out(n: int, fitting: int, as_text: int, unsound: int, limit: int) -> None:
+    """What has become of `n` prompts, where not all are encoded as usual. BadInput where none is
+    left.
+    """
+    too_long = n - fitting - unsound
+    unreadable = "hold control tokens that this tokenizer cannot read as text"
+    if unsound == n:
+        raise BadInput(f"data: all {n} prompts {unreadable}")
     if not fitting:
         raise BadInput(
-            f"all {len(problems)} prompts are longer than {limit} tokens: raise "
-            "data.max_prompt_tokens, or, where the "
-            "model's context is the limit, lower sample.max_new_tokens"
+            f"all {n} prompts are longer than {limit} tokens: raise data.max_prompt_tokens, or, "
+            "where the model's context is the limit, lower sample.max_new_tokens"
         )
-    if len(fitting) < len(problems):
-        print0(
-            f"data: left out {len(problems) - len(fitting)} of {len(problems)} prompts, longer "
-            f"than {limit} tokens"
-        )
-    return fitting, TokenIds(rows)
+    if too_long:
+        print0(f"data: left out {too_long} of {n} prompts, longer than {limit} tokens")
+    if unsound:
+        print0(f"data: left out {unsound} of {n} prompts, which {unreadable}")
+    if as_text > unsound:
+        print0(f"data: {as_text - unsound} of {n} prompts hold control tokens, read as text")

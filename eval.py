@@ -9,8 +9,8 @@
 Under torchrun the ranks share the work.
 
 A benchmark is a dataset of tasks.ROWS. Every response is saved with its verdict as soon as it is
-graded; the same command goes on where a killed one stopped, and prints the same row as if it had
-not been killed.
+graded. The same command goes on where a killed one stopped: it samples the same prompts together as
+if it had not been killed, so that on as many ranks it ends with the same file.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
@@ -44,7 +44,7 @@ from rewards import Grader, RewardConfig
 from rewards.benchmark_metrics import benchmark_metrics, wilson_interval
 from sample import SampleConfig, context_left, open_run, sample
 from tasks.datasets import ROWS, read_problems
-from tasks.problem import Problem
+from tasks.problem import Problem, problems_hash
 
 ROWS_AT_ONCE = 128  # responses per rank between two savings
 
@@ -125,7 +125,9 @@ def table_row(settings: dict, rows: list[dict]) -> str:
 
 
 def benchmark_prompts(args, grader: Grader, policy: Policy, config: dict, max_new_tokens: int):
-    """(problems, prompts) of --data, asked as the run asked its own unless flags say otherwise."""
+    """(problems, prompts) of --data, asked as the run asked its own unless flags say otherwise; and
+    the hash of all its problems.
+    """
     own = config.get("data", {})
     system, chat = (
         args.system_prompt or own.get("system_prompt", ""),
@@ -142,11 +144,12 @@ def benchmark_prompts(args, grader: Grader, policy: Policy, config: dict, max_ne
         )
     except ValueError as error:
         raise BadInput(f"--{error}") from error
-    problems = apply_prompt(read_problems(args.benchmark, args.data), data)[: args.limit]
+    asked = apply_prompt(read_problems(args.benchmark, args.data), data)
+    problems = asked[: args.limit]
     require_graders(problems, grader)
-    return encode_prompts(
-        problems, policy.tokenizer, context_left(policy, max_new_tokens, sys.maxsize), chat
-    )
+    limit = context_left(policy, max_new_tokens, sys.maxsize)
+    fitting = encode_prompts(problems, policy.tokenizer, limit, chat, policy.known_ids)
+    return *fitting, problems_hash(asked)
 
 
 def grader_named(name: str, config: RewardConfig) -> Grader:
@@ -169,8 +172,10 @@ def benchmark(args) -> None:
     grader = grader_named(args.grader, reward)
     sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
-    problems, prompts = benchmark_prompts(args, grader, policy, config, sampling.max_new_tokens)
+    longest = sampling.max_new_tokens
+    problems, prompts, of_all = benchmark_prompts(args, grader, policy, config, longest)
     settings = benchmark_settings(args, bool(config), reward, sampling)
+    settings["problems"] = of_all
     settings["first_prompt"] = policy.tokenizer.decode(prompts[0])
     n = args.samples
     how = f"{n}xT{args.temperature:g}" if args.temperature else "greedy"
@@ -185,8 +190,10 @@ def benchmark(args) -> None:
     with tqdm(
         total=len(problems), initial=done, unit="problem", disable=True if rank() else None
     ) as bar:
-        for start in range(done, len(problems), lot):
+        for start in range(0, len(problems), lot):
             chosen = range(start, min(start + lot, len(problems)))
+            if chosen[-1] < done:
+                continue
             keys = [(settings["seed"], Draw.EVALUATE, i) for i in chosen]
             batch = sample(
                 policy, [prompts[i] for i in chosen], keys, sampling, n, args.temperature
@@ -196,8 +203,9 @@ def benchmark(args) -> None:
                 for i, text in zip([i for i in chosen for _ in range(n)], batch.texts, strict=True)
             ]
             verdicts = map_over_ranks(grader.grade, answers)
-            save_responses(file, chosen, batch, answers, verdicts, grader)
-            bar.update(len(chosen))
+            # A lot that was cut short is sampled whole again: rounding depends on who is in it
+            save_responses(file, chosen, done, batch, answers, verdicts, grader)
+            bar.update(len(chosen) - max(0, done - start))
     if rank() == 0:
         _, rows = read_outputs(file)
         # --limit may be less now
@@ -228,11 +236,17 @@ def benchmark_settings(args, is_run: bool, reward: RewardConfig, sampling: Sampl
     return settings
 
 
-def save_responses(file: Path, chosen: range, batch, answers, verdicts, grader: Grader) -> None:
-    """Append a line for every response to the `chosen` problems, on rank 0."""
+def save_responses(
+    file: Path, chosen: range, done: int, batch, answers, verdicts, grader: Grader
+) -> None:
+    """Append a line for every response to the `chosen` problems from the `done`-th on, on rank
+    0.
+    """
     n = len(batch) // len(chosen)
     lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
     for place, ((problem, text), verdict) in enumerate(zip(answers, verdicts, strict=True)):
+        if chosen[place // n] < done:
+            continue
         row = {
             "problem": chosen[place // n],
             "sample": place % n,
@@ -286,7 +300,8 @@ def held_out_accuracy(args) -> None:
     data = saved_block(DataConfig, config, "data")
     limit = context_left(policy, settings.max_new_tokens, data.max_prompt_tokens)
     held_out = load_problems(data, config["seed"], grader)[1]
-    problems, prompts = encode_prompts(held_out, policy.tokenizer, limit, data.chat_template)
+    how = (limit, data.chat_template, policy.known_ids)
+    problems, prompts = encode_prompts(held_out, policy.tokenizer, *how)
     n = args.limit or config["eval"]["prompts"]
     if n > len(prompts):
         raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")

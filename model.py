@@ -37,6 +37,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from data import micro_batch_rows
+from infra.checkpoints import saved_tensors
 from infra.config import Block, knob, setting
 from infra.errors import BadInput, RunStopped
 from infra.processes import all_reduce, on_first_rank, rank, world_size
@@ -116,6 +117,13 @@ class Policy(torch.nn.Module):
         self.recomputes = False  # activations, in the backward pass
         self.stop_ids = stop_ids(model, tokenizer)
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.known_ids = embedding_rows(model)  # ids from here on cannot be read
+        if self.pad_id >= self.known_ids:
+            raise BadInput(
+                f"{model.config.model_type}: the tokenizer pads with {tokenizer.pad_token!r}, id "
+                f"{self.pad_id}, but the model's embedding has {self.known_ids} rows: save the "
+                "tokenizer with a pad_token that the model knows, such as its eos_token"
+            )
         # Rows of the head beyond the last id in use are padding: never sampled, and in no softmax.
         self.vocab_size = 1 + max(self.pad_id, *self.stop_ids, *tokenizer.get_vocab().values())
         self.shipped_generation_config = model.generation_config
@@ -127,6 +135,13 @@ class Policy(torch.nn.Module):
         self.cache_argument = "cache" if "cache" in signature else "past_key_values"
         turn_off_dropout(model)
         model.eval()
+        on_meta = model.device.type == "meta"
+        self.has_plain_head = on_meta or not fast or fast.agrees(self, plain_log_probs_of_tokens)
+
+    @property
+    def fast(self):
+        """The fast paths of log-probs, where they give those of the model's own logits; or None."""
+        return fast if self.has_plain_head else None
 
     @property
     def config(self):
@@ -143,7 +158,7 @@ class Policy(torch.nn.Module):
         self, tokens, attention_mask, response_length, temperature, reference=None
     ) -> TokenLogProbs:
         """See the function of this name; `reference` is what its `states_for_kl` gave."""
-        forward = fast.log_probs_of_tokens if fast else plain_log_probs_of_tokens
+        forward = self.fast.log_probs_of_tokens if self.fast else plain_log_probs_of_tokens
         with self._training_mode():
             return TokenLogProbs(
                 *forward(self, tokens, attention_mask, response_length, temperature, reference)
@@ -151,7 +166,7 @@ class Policy(torch.nn.Module):
 
     def states_for_kl(self, tokens, attention_mask, response_length) -> tuple:
         """What `token_log_probs` of a policy needs of this model as its reference."""
-        forward = fast.states_for_kl if fast else plain_states_for_kl
+        forward = self.fast.states_for_kl if self.fast else plain_states_for_kl
         return forward(self, tokens, attention_mask, response_length)
 
     @contextmanager
@@ -167,8 +182,8 @@ class Policy(torch.nn.Module):
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end a response: all that the model's configs and the tokenizer name. Raises
-    BadInput without any.
+    """Ids that end a response: all that the model's configs and the tokenizer name, and the model
+    can write. Raises BadInput without any.
     """
     stops: set[int] = set()
     for ids in (
@@ -177,12 +192,17 @@ def stop_ids(model, tokenizer) -> list[int]:
         tokenizer.eos_token_id,
     ):
         stops |= set(ids) if isinstance(ids, list) else {ids}
-    stops -= {None}
+    stops = {i for i in stops - {None} if 0 <= i < embedding_rows(model)}
     if not stops:
         raise BadInput(
-            f"{model.config.model_type}: neither model nor tokenizer names an end-of-sequence token"
+            f"{model.config.model_type}: neither model nor tokenizer names an end-of-sequence "
+            "token that the model knows"
         )
     return sorted(stops)
+
+
+def embedding_rows(model) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def turn_off_dropout(model) -> None:
@@ -216,6 +236,11 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
         raise BadInput(
             f"model.scratch={config.scratch}: transformers cannot build that: {reason}"
         ) from error
+    if hf_config.vocab_size < len(tokenizer):
+        raise BadInput(
+            f"model.scratch: vocab_size={hf_config.vocab_size} is less than the {len(tokenizer)} "
+            "tokens of the task"
+        )
     if unknown := sorted(settings.keys() - known.keys() - {"model_type"}):
         raise BadInput(f"model.scratch: {settings['model_type']} has no {unknown[0]!r}")
     with torch.random.fork_rng(
@@ -285,12 +310,6 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False) -> Poli
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise BadInput(
-                f"{model.config.model_type} transforms its logits ({name}), which token_log_probs "
-                "does not"
-            )
     return Policy(model, tokenizer)
 
 
@@ -300,13 +319,13 @@ def freeze(policy: Policy) -> Policy:
 
 
 def weights_hash(policy: Policy) -> str:
-    """sha256 over names and values of all weights of a model that is not sharded: says which
+    """sha256 over names and values of all that is saved of a model that is not sharded: says which
     reference a run has.
     """
     digest = hashlib.sha256()
-    for name, parameter in policy.model.named_parameters():
+    for name, tensor in saved_tensors(policy.model).items():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -318,12 +337,8 @@ def save(policy: Policy, folder: Path) -> None:
     memory. The folder appears when it is complete.
     """
     weights = {}
-    for name, parameter in policy.model.named_parameters():  # a tied weight is listed once
-        whole = (
-            parameter.detach().full_tensor()
-            if isinstance(parameter, DTensor)
-            else parameter.detach()
-        )
+    for name, tensor in saved_tensors(policy.model).items():
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         if rank() == 0:
             weights[name] = whole.cpu()
     on_first_rank(lambda: _write_model(policy, weights, folder))
@@ -413,7 +428,7 @@ def micro_batches(
     rows, and a Batch of one row that counts for nothing, for its mask and weights are 0.
     """
     lists = micro_batch_rows(
-        batch, max_tokens, fast.prompt_numbers(policy, batch) if fast else None
+        batch, max_tokens, policy.fast.prompt_numbers(policy, batch) if policy.fast else None
     )
     passes = -(-len(lists) // world_size())
     mine = lists[rank() :: world_size()]

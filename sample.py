@@ -5,9 +5,11 @@
     python sample.py path/to/any/hf_model "Once upon"   # any causal LM
 
 Every token is chosen by inverting the cumulative distribution at one uniform number, and that
-number is a function of (seed, purpose, prompt position, sibling, token position) alone. So what is
-sampled does not depend on how prompts are batched, on which rows have finished, or on how many
-processes share the work.
+number is a function of (seed, purpose, prompt position, sibling, token position) alone: not of how
+prompts are batched, of which rows have finished, or of how many processes share the work. For the
+same rows decoded together a sample is the same to the last bit, on a CPU. Other rows beside it
+round the distribution otherwise, which moves its bounds: now and then a token flips, and that
+response goes on differently. docs/algorithm.md says how often.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
@@ -38,7 +40,7 @@ class SampleConfig(Block):
     temperature: float = knob(1.0, "of the sampled softmax, and of the log-probs in training")
     batch_tokens: int = setting(
         16384,
-        "tokens of prompts and full responses decoded together: memory; changes no sample",
+        "tokens of prompts and full responses decoded together: memory; no sample but by rounding",
         least=1,
         lowers=dict.fromkeys(("sample", "evaluate"), "lower sample.batch_tokens"),
     )
@@ -274,7 +276,8 @@ def encode_own_prompt(
     where that cannot be.
     """
     asked = apply_prompt([Problem(text, None, "")], config)
-    ids = encode_prompts(asked, policy.tokenizer, sys.maxsize, config.chat_template)[1][0]
+    how = (sys.maxsize, config.chat_template, policy.known_ids)
+    ids = encode_prompts(asked, policy.tokenizer, *how)[1][0]
     if not ids:
         raise BadInput("the prompt is empty, and this model's tokenizer puts no token before it")
     longest = context_left(policy, max_new_tokens, len(ids))
@@ -322,7 +325,8 @@ def main() -> None:
     elif config:
         longest = context_left(policy, settings.max_new_tokens, data_config.max_prompt_tokens)
         held_out = load_problems(data_config, config["seed"], grader)[1]
-        encoded = encode_prompts(held_out, policy.tokenizer, longest, data_config.chat_template)
+        how = (longest, data_config.chat_template, policy.known_ids)
+        encoded = encode_prompts(held_out, policy.tokenizer, *how)
         problems, prompts = (part[: args.samples] for part in encoded)
     else:
         raise BadInput(

@@ -443,7 +443,8 @@ class Batch:
     @staticmethod
     def from_texts(prompts: list[list[int]], texts: list[str], tokenizer: Any) -> "Batch":
         """Given responses, each ended by the stop token, behind their prompts' ids."""
-        ids = tokenizer(list(texts), add_special_tokens=False).input_ids
+        as_text = {"add_special_tokens": False, "split_special_tokens": True}
+        ids = tokenizer(list(texts), **as_text).input_ids
         responses = [[*response, tokenizer.eos_token_id] for response in ids]
         P, T = max(map(len, prompts)), max(map(len, responses))
         tokens = torch.zeros(len(texts), P + T, dtype=torch.long)

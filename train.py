@@ -42,6 +42,7 @@ from model import ModelConfig
 from rewards import RewardConfig
 from sample import SampleConfig
 from spro import AlgorithmConfig
+from tasks.problem import problems_hash
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 LOWER = "lower train.learning_rate or algorithm.beta; metrics.jsonl shows the way here"
@@ -452,7 +453,7 @@ def main() -> None:
     longest = sample.context_left(
         policy, config.sample.max_new_tokens, config.data.max_prompt_tokens
     )
-    limits = (longest, config.data.chat_template)
+    limits = (longest, config.data.chat_template, policy.known_ids)
     train_set = data.encode_prompts(train_problems, policy.tokenizer, *limits)
     held_out_set = data.encode_prompts(held_out, policy.tokenizer, *limits)
     eval_set = [part[: config.eval.prompts] for part in held_out_set]
@@ -464,7 +465,7 @@ def main() -> None:
     )
     if config.dry_run:
         layers = sharding.decoder_layers(policy)
-        logits = model.fast.LOGITS_AT_ONCE if model.fast else math.inf
+        logits = policy.fast.LOGITS_AT_ONCE if policy.fast else math.inf
         processes.print0(memory.dry_run_report(config, policy, layers, train_set[1], logits))
         return
 
@@ -479,7 +480,8 @@ def main() -> None:
         prm = model.load(supervised.start_path(config, folder), config.model.attention)
         prm = sharding.shard(prm, config.model, device)
         trained["prm"] = (prm, model.make_optimizer(prm, config.train, config.prime.learning_rate))
-    state = checkpoints.resume(config.resume, folder, trained, start_hash)
+    problems = {"training": problems_hash(train_set[0]), "held-out": problems_hash(held_out_set[0])}
+    state = checkpoints.resume(config.resume, folder, trained, start_hash, problems)
     if state["step"] >= config.train.steps and (folder / "model").exists():
         processes.print0(f"{folder} is finished: {state['step']} steps; raise train.steps to go on")
         return

@@ -4,12 +4,14 @@ Each is equal to the plain path of model.py and sample.py, and tested to be. Wit
 those take the plain path, and nothing else changes.
 """
 
+from fast.agreement import agrees
 from fast.decode import can_decode, decode_groups
 from fast.log_probs import LOGITS_AT_ONCE, log_probs_of_tokens, states_for_kl
 from fast.shared_prompts import first_of_each_prompt, prompt_numbers, shares_prompts
 
 __all__ = [
     "LOGITS_AT_ONCE",
+    "agrees",
     "can_decode",
     "decode_groups",
     "first_of_each_prompt",

@@ -10,8 +10,9 @@ import copy
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache
 PASSES = (
     4  # in which the responses of a micro-batch run, by length: fewer pad more, more start more
 )
@@ -30,11 +31,9 @@ def shares_prompts(policy) -> bool:
 
 def cache_is_divisible(model) -> bool:
     """Whether rows of the model's cache can be repeated, picked and grown: recurrent and other
-    states need not be.
+    states need not be, nor layers that keep such beside keys and values.
     """
-    return all(
-        isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers
-    )
+    return all(type(layer) in KEYS_AND_VALUES for layer in DynamicCache(config=model.config).layers)
 
 
 def packs_rows(model) -> bool:

@@ -31,9 +31,22 @@ def distributed_or_not():
         yield {"no_dist": not dist.is_initialized()}
 
 
+def kept_buffers(model) -> dict[str, torch.Tensor]:
+    """The buffers that belong to what a model has learned, by name, such as the bias of a router
+    of experts; what can be made anew (rotary tables) is not among them.
+    """
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def saved_tensors(model) -> dict[str, torch.Tensor]:
+    """All that is saved of a model, by name; a tied weight is listed once."""
+    return dict(model.named_parameters()) | kept_buffers(model)
+
+
 def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
-    """Weights and AdamW moments by name, sharing memory with both: the same dict serves saving and
-    loading.
+    """Weights, buffers and AdamW moments by name, sharing memory with all: the same dict serves
+    saving and loading.
 
     `trained` holds (Policy, optimizer) by name. `named_parameters` lists a tied weight once. Before
     the first optimizer step the moments are made here, as zeros.
@@ -51,7 +64,15 @@ def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
                 f"{owner}.optimizer.{moment}.{name}": state[moment]
                 for moment in ("exp_avg", "exp_avg_sq")
             }
-    return tensors
+    return tensors | buffer_tensors(trained)
+
+
+def buffer_tensors(trained: dict) -> dict[str, torch.Tensor]:
+    return {
+        f"{owner}.model.{name}": buffer
+        for owner, (policy, _) in trained.items()
+        for name, buffer in kept_buffers(policy.model).items()
+    }
 
 
 def _sha256(file: Path) -> str:
@@ -169,27 +190,38 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
     """
     state = json.loads((checkpoint / "state.json").read_text())
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    tensors = training_tensors(trained)
+    # An earlier version saved no buffers: they stay as the model that the run starts from has them
+    for name in buffer_tensors(trained).keys() - reader.read_metadata().state_dict_metadata.keys():
+        del tensors[name]
     with distributed_or_not() as options:
-        dcp.load(training_tensors(trained), storage_reader=reader, **options)
+        dcp.load(tensors, storage_reader=reader, **options)
     for name, (_, optimizer) in trained.items():
         for moments in optimizer.state.values():
             moments["step"].fill_(state["adam_steps"][name])
     return state
 
 
-def resume(wanted: bool, folder: Path, trained: dict, start_hash: str | None) -> dict:
+def resume(
+    wanted: bool,
+    folder: Path,
+    trained: dict,
+    start_hash: str | None,
+    problems: dict[str, str] | None = None,
+) -> dict:
     """The state to go on from, all that is not a tensor: of the newest checkpoint that holds, else
     of the start.
 
     Fills `trained`, (Policy, optimizer) by name, and cuts metrics.jsonl back to where that state
     stands. `wanted`: the user has asked to resume, and is told where there is nothing to go on
-    from. Raises BadInput where the model that the run started from, by its `start_hash`, is another
-    one now.
+    from. Raises BadInput where the model that the run started from, by its `start_hash`, or its
+    `problems`, {which: hash}, are others now.
     """
     state = {"step": 0, "position": 0, "refused_in_a_row": 0, "start_hash": start_hash}
     state |= {"before": None, "after": None, "best": None}
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
+        check_problems(folder, checkpoint, problems or {})
         state |= load_checkpoint(checkpoint, trained)
         if state["start_hash"] != start_hash:
             raise BadInput(
@@ -200,4 +232,21 @@ def resume(wanted: bool, folder: Path, trained: dict, start_hash: str | None) ->
     elif wanted:
         print0("resume: no valid checkpoint yet, so RL starts over")
     keep_metrics_through(folder, state["step"] if checkpoint else -1)
-    return state
+    return state | {"problems": problems or state.get("problems")}
+
+
+def check_problems(folder: Path, checkpoint: Path, problems: dict[str, str]) -> None:
+    """Raises BadInput where a run's problems, {which: hash}, are not those that it began with."""
+    before = json.loads((checkpoint / "state.json").read_text()).get("problems")
+    if before is None:
+        print0(
+            "resume: an earlier version wrote this checkpoint and kept no hash of the problems: "
+            "whether they are the same could not be compared"
+        )
+        return
+    changed = [which for which in problems if problems[which] != before.get(which)]
+    if changed:
+        raise BadInput(
+            f"the {' and '.join(changed)} problems of {folder} have changed since it began (their "
+            "texts, references, number or order): bring them back, or start another run"
+        )

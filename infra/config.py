@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -161,18 +162,32 @@ def typed(value, kind, key: str):
     elif kind is float and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
     elif type(value) is kind:
-        return value
+        return savable(value, key)
     wanted = (
         f"a list of {len(get_args(kind))} numbers"
         if get_origin(kind) is tuple
         else f"of type {kind.__name__}"
     )
-    raise BadInput(f"config: {key} must be {wanted}, not {value!r}")
+    quotes = "; in a YAML, put it in quotes" if kind is str else ""
+    raise BadInput(f"config: {key} must be {wanted}, not {value!r}{quotes}")
+
+
+def savable(value, key: str):
+    """`value`, or BadInput where a run could not write it down and read the same back."""
+    try:
+        same = json.loads(json.dumps(value, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError):  # a date, half a character, a loop of anchors
+        same = None
+    if same != value:
+        raise BadInput(
+            f"config: {key} must hold texts, numbers and lists or blocks of them, not {value!r}"
+        )
+    return value
 
 
 def build_config(cls, values, known: list[str], prefix: str = ""):
@@ -203,25 +218,49 @@ class UniqueKeyLoader(yaml.SafeLoader):
     ruins a run.
     """
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        # Here, not where dicts are made: merging (`<<`) adds a second of what it means to override
+        node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`, which YAML means to be overridden
+            if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if key in lines:
+            if key in lines:  # as a dict has it: 1 and 1.0 are one key
                 raise yaml.YAMLError(
                     f"key {key!r} stands twice, in lines {lines[key]} and {line}: make it one"
                 )
             lines[key] = line
-        return super().construct_mapping(node, deep)
+        return node
+
+
+@contextmanager
+def valid_yaml():
+    """Where the block reads what is no YAML of plain values: yaml.YAMLError, and nothing else."""
+    try:
+        yield
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # whatever int(), date() and dict() say of a value or a key
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def parse_yaml(text: str):
-    """Plain values alone: this loader makes no objects. Raises yaml.YAMLError, or TypeError on a
-    key that is none.
+    """Plain values alone: this loader makes no objects. Raises yaml.YAMLError."""
+    with valid_yaml():
+        return UniqueKeyLoader(text).get_single_data()
+
+
+def parse_argument(text: str):
+    """A value of the command line: what YAML reads, and to the letter what it reads as bare text
+    or as a comment.
     """
-    return UniqueKeyLoader(text).get_single_data()
+    with valid_yaml():
+        loader = UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+    is_bare_text = isinstance(value, str) and node.style is None
+    return text if node is None or is_bare_text else value
 
 
 def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
@@ -232,20 +271,16 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
     own base.
     """
     chain = " -> ".join(map(str, (*heirs, path)))
-    if path.resolve() in [heir.resolve() for heir in heirs]:
-        raise BadInput(f"config: {path} is its own base: {chain}")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
+        if path.resolve() in [heir.resolve() for heir in heirs]:
+            raise BadInput(f"config: {path} is its own base: {chain}")
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"config: cannot read {chain}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        UnicodeDecodeError,
-        TypeError,
-    ) as error:  # TypeError: a key that cannot be one
-        raise BadInput(
-            f"config: {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no path
+        reason = " ".join(str(error).split())
+        raise BadInput(f"config: {path} is not valid YAML: {reason}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise BadInput(f"config: {path} must hold keys and values, not {values!r}")
     base = values.pop("base", "")
@@ -269,8 +304,8 @@ def kind_of(cls, key: str):
 
 
 def override(values: dict, argument: str, cls) -> None:
-    """Put `key=value` into nested dicts. A text is taken to the letter, anything else is read as
-    YAML.
+    """Put `key=value` into nested dicts. The value of a text is taken to the letter, any other is
+    read as YAML.
     """
     key, _, text = argument.partition("=")
     *blocks, name = key.split(".")
@@ -283,10 +318,10 @@ def override(values: dict, argument: str, cls) -> None:
         block[name] = text
         return
     try:
-        value = parse_yaml(text)
-    except (yaml.YAMLError, TypeError) as error:
-        raise BadInput(f"config: cannot read the value of {argument!r}") from error
-    block[name] = "" if value is None else value
+        block[name] = parse_argument(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"config: cannot read the value of {argument!r}: {reason}") from error
 
 
 def read_config(cls, arguments: list[str], default: Path):
@@ -336,7 +371,7 @@ def saved_config(folder: Path) -> dict:
     """
     file = folder / "config.yaml"
     try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        saved = parse_yaml(file.read_text(encoding="utf-8")) if file.exists() else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     return saved if isinstance(saved, dict) and {"run_dir", "algorithm"} <= saved.keys() else {}

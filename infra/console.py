@@ -51,6 +51,8 @@ def describe(config, policy, problems: list, n_held_out: int, grader, generation
     system = "with a" if any(problem.system for problem in problems) else "no"
     stops = " ".join(tokenizer.convert_ids_to_tokens(policy.stop_ids))
     dtype = config.model.dtype if policy.device.type == "cuda" else "float32"
+    # Then logits are no head over states, as fast/ takes them
+    plain = "" if policy.has_plain_head else "; log-probs by the plain path"
     refills = f", at most {t.max_refills} refill(s)" if t.max_refills else ""
     lines = (
         f"{a.advantage}{beta}{kl}, seed {config.seed}, into {config.run_dir}",
@@ -63,7 +65,7 @@ def describe(config, policy, problems: list, n_held_out: int, grader, generation
         f"{programs_line(problems, grader)}",
         f"prompts  {chat}, {system} system prompt; stop {stops} {policy.stop_ids}, pad "
         f"{policy.pad_id}; {dtype}, "
-        f"{policy.config._attn_implementation} attention",
+        f"{policy.config._attn_implementation} attention{plain}",
         f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
         f"{t.micro_batch_tokens} tokens; "

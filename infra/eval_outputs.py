@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from infra.errors import BadInput
+from infra.processes import print0
 from infra.run_folder import take_lock
 
 
@@ -34,11 +35,14 @@ def open_outputs(file: Path, settings: dict) -> int:
     except OSError as error:
         raise BadInput(f"{file} cannot be written: {error}") from error
     saved, rows = read_outputs(file) if file.exists() else (settings, [])
-    if saved != settings:
-        changed = ", ".join(
-            f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v
+    if unknown := [name for name in settings if name not in saved]:
+        print0(
+            f"{file}: an earlier version began it, so could not be compared: {', '.join(unknown)}"
         )
-        raise BadInput(f"{file} holds another evaluation ({changed}): choose another --output")
+    changed = [name for name in settings if name in saved and saved[name] != settings[name]]
+    if changed:
+        differences = ", ".join(f"{k}: {saved[k]!r} -> {settings[k]!r}" for k in changed)
+        raise BadInput(f"{file} holds another evaluation ({differences}): choose another --output")
     done = len(rows) // settings["samples"]
     kept = [{"settings": settings}, *rows[: done * settings["samples"]]]
     temporary = file.with_name(f"{file.name}.tmp")

@@ -2,6 +2,8 @@
 hash of the prompt.
 """
 
+import hashlib
+import json
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,17 @@ class Problem:
     reference: Any  # the answer as the grader wants it: any JSON value
     grader: str  # a name in rewards.GRADERS
     system: str = ""  # the system's turn in a chat
+
+
+def problems_hash(problems: list[Problem]) -> str:
+    """sha256 over what a run learns of its problems, in order: which ones they are, on any machine.
+    Keys of a reference may come in any order.
+    """
+    write = json.JSONEncoder(sort_keys=True, default=str).encode
+    digest = hashlib.sha256()
+    for p in problems:
+        digest.update(write([p.prompt, p.system, p.grader, p.reference]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 # Training problems that chain and reasoning_gym make unless data.train_size says otherwise

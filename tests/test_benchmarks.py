@@ -7,13 +7,17 @@ import random
 import statistics
 import sys
 
+import data
 import eval as eval_module
+import infra.config
 import pytest
 import train
 from infra.errors import BadInput
 from infra.processes import command_line
 from rewards import GRADERS
 from rewards.benchmark_metrics import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
+from tasks.problem import Problem
+from transformers import AutoTokenizer
 
 import chaos
 from helpers import jsonl, published, saved_chat_model
@@ -179,6 +183,73 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_stood(evaluated, tmp_pat
         printed = evaluated(tmp_path / "cut.jsonl")
         assert (tmp_path / "cut.jsonl").read_bytes() == whole
     assert "9 done" in printed
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_kind_29_a_killed_evaluation_samples_the_same_lots_and_so_ends_with_the_same_file(
+    samples, evaluated, tmp_path, monkeypatch
+):
+    """Cut anywhere, also within a lot: what is decoded together is what the straight one decodes together."""
+    monkeypatch.setattr(eval_module, "ROWS_AT_ONCE", 4 * samples)
+    together, plain = [], eval_module.sample
+    monkeypatch.setattr(eval_module, "sample", lambda *args: together.append(args[2]) or plain(*args))
+    flags = ("--samples", str(samples), "--temperature", "1", "--max-new-tokens", "6")
+    evaluated(tmp_path / "straight.jsonl", *flags)
+    whole, straight = (tmp_path / "straight.jsonl").read_bytes(), [*together]
+    assert [len(keys) for keys in straight] == [4, 4, 1]
+    lines = whole.splitlines(keepends=True)
+    for problems in range(10):
+        together.clear()
+        (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[: 1 + problems * samples]))
+        evaluated(tmp_path / "cut.jsonl", *flags)
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole
+        assert together == straight[problems // 4 :] if problems < 9 else not together
+
+
+CHANGED = {
+    "a reference": [*ROWS[:8], ROWS[8] | {"reference": "0"}],
+    "a prompt": [*ROWS[:8], ROWS[8] | {"prompt": "How much is it?"}],
+    "their number": ROWS[:8],
+    "their order": [ROWS[0], *ROWS[:0:-1]],
+    "a grader": [ROWS[0] | {"grader": "chain"}, *ROWS[1:]],
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_kind_23_outputs_never_mix_two_data_sets(what, evaluated, tmp_path):
+    flags = ("--limit", "5", "--max-new-tokens", "3")
+    evaluated(tmp_path / "out.jsonl", *flags)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    jsonl(tmp_path / "rows.jsonl", CHANGED[what])
+    with pytest.raises(BadInput, match=r"holds another evaluation \(problems: [^\n]*choose another --output$"):
+        evaluated(tmp_path / "out.jsonl", "--limit", "9", "--max-new-tokens", "3")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert "5 done" in evaluated(tmp_path / "out.jsonl", "--limit", "9", "--max-new-tokens", "3")
+
+
+def test_kind_23_outputs_of_an_earlier_version_go_on_and_are_said_not_to_have_been_compared(evaluated, tmp_path):
+    flags = ("--max-new-tokens", "3")
+    evaluated(tmp_path / "out.jsonl", "--limit", "5", *flags)
+    header, *rows = read(tmp_path / "out.jsonl")
+    del header["settings"]["problems"]
+    jsonl(tmp_path / "out.jsonl", [header, *rows])
+    printed = evaluated(tmp_path / "out.jsonl", *flags)
+    assert "an earlier version began it, so could not be compared: problems" in printed and "5 done" in printed
+    assert "could not be compared" not in evaluated(tmp_path / "out.jsonl", *flags)
+
+
+@pytest.mark.parametrize("text", ["End with #### and the number.", "yes", "two\n\nlines: 'x'", "1e3", '"a" # b'])
+def test_kind_21_a_text_of_training_is_what_the_scripts_flags_give(text, evaluated, model, tmp_path):
+    prompt = f"{text} {{question}}"
+    flags = ("--system-prompt", text, "--prompt", prompt, "--limit", "1", "--max-new-tokens", "2")
+    evaluated(tmp_path / "out.jsonl", *flags)
+    arguments = [f"data.system_prompt={text}", f"data.prompt={prompt}"]
+    config = infra.config.read_config(train.Config, arguments, train.DEFAULT_CONFIG).data
+    asked = data.apply_prompt([Problem(ROWS[0]["prompt"], "0", "odd_length")], config)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = data.encode_prompts(asked, tokenizer, 500)[1][0]
+    assert read(tmp_path / "out.jsonl")[0]["settings"]["first_prompt"] == tokenizer.decode(ids)
 
 
 def test_outputs_of_another_evaluation_or_model_are_never_mixed_or_overwritten(evaluated, model, tmp_path):

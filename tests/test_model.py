@@ -5,10 +5,14 @@ import json
 import shutil
 from itertools import pairwise
 
+import infra.checkpoints
 import model as model_module
 import pytest
 import torch
+import train
 from data import micro_batch_rows
+from infra import console
+from infra.checkpoints import load_checkpoint, save_checkpoint
 from infra.errors import BadInput
 from infra.sharding import shard
 from model import (
@@ -19,6 +23,7 @@ from model import (
     load,
     save,
     token_log_probs,
+    weights_hash,
 )
 from sample import SampleConfig, sample
 from spro import Batch
@@ -180,13 +185,11 @@ def test_a_model_that_cannot_be_built_is_refused_in_one_line(scratch, complaint)
     assert "\n" not in str(error.value) and "model.scratch" in str(error.value)
 
 
-def test_a_model_that_cannot_stop_or_transforms_its_logits_is_refused(tmp_path):
+def test_a_model_that_cannot_stop_is_refused():
     tokenizer = chain_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(BadInput, match="end-of-sequence"):
         build(ModelConfig(scratch=SMALL), tokenizer, 0)
-    with pytest.raises(BadInput, match="logits_scaling"):
-        load(saved(hf_model("granite", **LLAMA, logits_scaling=8.0), tmp_path))
 
 
 def test_only_stop_and_pad_ids_of_a_shipped_generation_config_take_effect(tmp_path):
@@ -239,3 +242,171 @@ def test_what_is_no_whole_model_is_refused_in_one_line(what, tmp_path):
     with pytest.raises(BadInput) as error:
         load(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- ids that a model does not know -------------------------------------------------------------------------------
+
+
+def tokenizer_padding_with(token: str):
+    tokenizer = chain_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": token})
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("empty", [False, True], ids=["loaded", "dry run"])
+def test_kind_25_a_pad_token_that_the_embedding_does_not_hold_is_refused_at_loading(kind, empty, tmp_path):
+    folder = saved(any_model(kind, tmp_path / "plain"), tmp_path / "model", tokenizer_padding_with("<new>"))
+    with pytest.raises(BadInput, match=rf"pads with '<new>', id {V}, but .* embedding has {V} rows[^\n]*$"):
+        load(folder, empty=empty)
+    load(saved(any_model(kind, tmp_path / "plain"), tmp_path / "model", tokenizer_padding_with("+")), empty=empty)
+
+
+def test_kind_25_an_end_token_that_the_model_cannot_write_ends_nothing(tmp_path):
+    folder = saved(tiny_model(), tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, V, -1]}))
+    assert load(folder).stop_ids == [EOS]
+    tokenizer = chain_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+    for name in ("generation_config.json", "config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {"eos_token_id": V}))
+    for empty in (False, True):
+        with pytest.raises(BadInput, match="end-of-sequence token that the model knows"):
+            load(folder, empty=empty)
+
+
+@pytest.mark.parametrize("size", [1, 5, V - 1])
+def test_kind_25_a_model_from_scratch_knows_the_tasks_tokens(size):
+    with pytest.raises(BadInput, match=f"vocab_size={size} is less than the {V} tokens"):
+        build(ModelConfig(scratch=SMALL | {"vocab_size": size}), chain_tokenizer(), 0)
+
+
+# --- what of a model is saved -------------------------------------------------------------------------------------
+
+EXPERTS = LLAMA | {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_routed_experts": 8}
+EXPERTS |= {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+WITH_BUFFERS = {
+    "glm4_moe": EXPERTS | {"head_dim": 8},
+    "deepseek_v3": EXPERTS | LATENT | {"num_key_value_heads": 4},
+    "dots1": EXPERTS | {"head_dim": 8, "n_shared_experts": 1},
+}
+
+
+def with_router_bias(kind: str):
+    """A model of experts whose routers have learned a bias."""
+    model = hf_model(kind, **WITH_BUFFERS[kind]).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(2, -2, len(buffer)))
+    return model
+
+
+def router_bias(model) -> list[torch.Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+@pytest.mark.parametrize("kind", WITH_BUFFERS)
+def test_kind_26_what_a_model_keeps_in_buffers_is_saved_and_loaded(kind, tmp_path):
+    original, tokens = with_router_bias(kind), torch.tensor([PROMPTS[1]])
+    policy = load(saved(original, tmp_path / "original"))
+    save(policy, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert len(router_bias(again.model)) == 1 and router_bias(again.model)[0].equal(router_bias(original)[0])
+    for model in (policy.model, again.model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()):
+        assert model(tokens).logits.equal(original(tokens).logits)
+    assert weights_hash(again) == weights_hash(policy)
+    before, other = original(tokens).logits, router_bias(again.model)[0]
+    other.neg_()
+    assert weights_hash(again) != weights_hash(policy)
+    assert not again.model(tokens).logits.equal(before)  # or nothing above would have shown it
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", WITH_BUFFERS)
+def test_kind_26_a_buffer_that_training_moved_comes_back_from_a_checkpoint(kind, tmp_path):
+    folder = saved(with_router_bias(kind), tmp_path / "model")
+    trained = {"policy": (policy := load(folder), torch.optim.AdamW(policy.parameters()))}
+    router_bias(policy.model)[0].add_(0.5)
+    moved = router_bias(policy.model)[0].clone()
+    save_checkpoint(tmp_path, 1, trained, {}, keep=2)
+    again = {"policy": (policy := load(folder), torch.optim.AdamW(policy.parameters()))}
+    load_checkpoint(tmp_path / "checkpoints" / "step_000001", again)
+    assert router_bias(policy.model)[0].equal(moved)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_kind_26_a_checkpoint_of_an_earlier_version_has_no_buffers_and_leaves_them(tmp_path, monkeypatch):
+    folder = saved(with_router_bias("glm4_moe"), tmp_path / "model")
+    trained = {"policy": (policy := load(folder), torch.optim.AdamW(policy.parameters()))}
+    with monkeypatch.context() as patch:
+        patch.setattr(infra.checkpoints, "kept_buffers", lambda model: {})
+        save_checkpoint(tmp_path, 1, trained, {}, keep=2)
+    before = router_bias(policy.model)[0].clone()
+    with torch.no_grad():
+        policy.model.lm_head.weight.zero_()
+    load_checkpoint(tmp_path / "checkpoints" / "step_000001", trained)
+    assert router_bias(policy.model)[0].equal(before) and policy.model.lm_head.weight.any()
+
+
+# --- models whose logits are not their head over their states -------------------------------------------------------
+
+TRANSFORMING = {
+    "granite": LLAMA | {"logits_scaling": 8.0},
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 1.0},
+    "recurrent_gemma": LLAMA | {"lru_width": 32, "num_hidden_layers": 3, "logits_soft_cap": 1.0},
+    "falcon_h1": LLAMA
+    | {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    | {"mamba_n_groups": 1, "mamba_d_state": 8},
+}
+PLAIN_TWINS = {
+    "granite": {"logits_scaling": 1.0},
+    "cohere": {"logit_scale": 1.0},
+    "gemma2": {"final_logit_softcapping": None},
+    "falcon_h1": {"lm_head_multiplier": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMING)
+def test_kind_27_a_model_that_transforms_its_logits_is_sampled_and_trained_by_those(kind, tmp_path):
+    policy = load(saved(hf_model(kind, **TRANSFORMING[kind]), tmp_path), attention="eager")
+    assert not policy.has_plain_head and policy.fast is None
+    prompts = [PROMPTS[1], PROMPTS[1][::-1]]  # of one length: padding is another matter for recurrent models
+    rollout = sample(policy, prompts, keys(2), SampleConfig(group_size=4, max_new_tokens=6))
+    log_probs, entropy = batch_log_probs(policy, rollout, 1.0, 10_000)
+    assert (log_probs - rollout.sampler_log_probs).abs().max() < 1e-4
+    for i, (prompt, response, *_) in enumerate(rows_of(rollout)):
+        expected, of_entropy = slow_log_probs(policy, prompt, response, 1.0)
+        torch.testing.assert_close(log_probs[i, : len(response)].double(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(entropy[i, : len(response)].double(), of_entropy, atol=1e-4, rtol=0)
+    reference = freeze(load(tmp_path, attention="eager"))
+    kl = token_log_probs(policy, rollout, 1.0, reference).kl
+    assert kl.abs().max() < 1e-6 and not reference.has_plain_head
+
+
+@pytest.mark.parametrize("kind", PLAIN_TWINS)
+def test_kind_27_the_same_model_without_its_knob_takes_the_fast_path(kind, tmp_path):
+    policy = load(saved(hf_model(kind, **TRANSFORMING[kind] | PLAIN_TWINS[kind]), tmp_path), attention="eager")
+    assert policy.has_plain_head and policy.fast is model_module.fast
+
+
+def test_kind_27_a_cap_is_seen_though_a_fresh_models_logits_are_far_below_it():
+    scratch = SMALL | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 30.0}
+    assert not build(ModelConfig(scratch=scratch, attention="eager"), chain_tokenizer(), 0).has_plain_head
+
+
+def test_kind_27_a_head_that_reads_something_else_is_seen():
+    model = tiny_model().model
+    model.lm_head.register_forward_pre_hook(lambda _, states: (2 * states[0],))
+    assert not model_module.Policy(model, chain_tokenizer()).has_plain_head
+
+
+def test_kind_27_the_start_of_a_run_names_the_path(tmp_path):
+    for kind, fields in (("granite", TRANSFORMING["granite"]), ("llama", LLAMA)):
+        policy = load(saved(hf_model(kind, **fields), tmp_path / kind))
+        config = train.Config()
+        said = console.describe(config, policy, [], 0, None, {})
+        assert ("log-probs by the plain path" in said) == (kind == "granite")

@@ -23,7 +23,8 @@ from tasks.chain import chain_tokenizer
 
 import chaos
 from conftest import TINY, as_of, checkpoints, finished, ran, started
-from helpers import PROMPTS, keys, one_update, tiny_model
+from helpers import PROMPTS, keys, one_update, saved, tiny_model
+from test_model import router_bias, with_router_bias
 
 # --- one step, by hand --------------------------------------------------------------------------------------------
 
@@ -138,6 +139,31 @@ def assert_alike(one: list[dict], two: list[dict]) -> None:
 def texts(run_dir) -> list[str]:
     files = sorted((run_dir / "samples").iterdir())
     return [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
+
+
+def save_sharded(start, folder) -> None:
+    """A model whose buffers training has moved, sharded; saved, put into a checkpoint, and brought back from it."""
+    device = infra.processes.start_processes(timeout_minutes=5)
+    policies = [shard(model.load(start), ModelConfig(), device) for _ in range(2)]
+    optimizers = [model.make_optimizer(policy, train.TrainConfig()) for policy in policies]
+    first, second = ({"policy": pair} for pair in zip(policies, optimizers, strict=True))
+    router_bias(policies[0].model)[0].add_(0.5)
+    model.save(policies[0], folder / "model")
+    infra.checkpoints.save_checkpoint(folder, 1, first, {}, keep=1)
+    infra.checkpoints.load_checkpoint(folder / "checkpoints" / "step_000001", second)
+    assert router_bias(policies[1].model)[0].equal(router_bias(policies[0].model)[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+def test_kind_26_a_sharded_model_keeps_its_buffers(kind, ranks, tmp_path):
+    original = with_router_bias(kind)
+    start, log = saved(original, tmp_path / "start"), tmp_path / "log"
+    assert chaos.exit_code(chaos.fork(save_sharded, (start, tmp_path / "run"), ranks, log), 120) == 0, log.read_text()
+    router_bias(original)[0].add_(0.5)
+    again, tokens = model.load(tmp_path / "run" / "model"), torch.tensor([PROMPTS[1]])
+    assert router_bias(again.model)[0].equal(router_bias(original)[0])
+    assert again.model(tokens).logits.equal(original(tokens).logits)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import infra.checkpoints
@@ -22,14 +24,17 @@ import pytest
 import torch
 import train
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from infra.config import read_config
 from infra.errors import BadInput, RunStopped
 from model import load
 from tasks.chain import chain_tokenizer
+from tasks.problem import Problem, problems_hash
 
 import chaos
 from conftest import TINY, checkpoints, finished, ran, started
-from helpers import tiny_model
+from helpers import jsonl, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints of one process
 CONFIGS = sorted((chaos.ROOT / "configs").rglob("*.yaml"))
@@ -202,6 +207,189 @@ def test_a_config_overrides_its_base_key_by_key_and_is_saved_resolved(tmp_path):
 )
 def test_a_base_that_is_none_is_refused_in_one_line(texts, words, tmp_path):
     assert words in refusal(config_of, written(tmp_path, **texts))
+
+
+TEXTS = [
+    "End with #### and the number.",
+    "{question} Think.\n\nThen answer.",
+    "yes", "1e3", "null", "~", "", " ", "0x1f", "2024-01-01", "[1, 2]", "{a: b}", "'quoted'", '"a\\n"', "a: b # c",
+    "- item", "| \n  x", "&a", "*a", "!!int 3", "%", "\t", "\u00e9\U0001f600\u2028", "a=b=c", "\r\n",
+]  # fmt: skip
+TEXT_KEYS = [key for key, field in infra.config.knobs(train.Config).items() if field.default == ""]
+
+
+def value_of(config, key: str):
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_kind_21_a_text_is_taken_to_the_letter(text, tmp_path):
+    """On the command line, and as YAML writes it down; a prompt must hold {question} to be one at all."""
+    values: dict = {}
+    for key in TEXT_KEYS:
+        infra.config.override(values, f"{key}={text}", train.Config)
+        assert value_of(values, key) == text
+    assert config_of(f"data.system_prompt={text}").data.system_prompt == text
+    assert config_of(f"data.prompt={{question}}{text}").data.prompt == "{question}" + text
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"data": {"system_prompt": text}}))
+    assert config_of(str(file)).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5", 5), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("1.5", 1.5), ("'5'", "5"), ('"a\\n"', "a\n"),
+        ("a # b", "a # b"),
+        ("two\n  lines", "two\n  lines"), ("# a", "# a"), ("", ""), ("1e-4", "1e-4"), (" a ", " a "),
+    ],
+)  # fmt: skip
+def test_kind_21_a_value_of_no_declared_type_is_yamls_and_bare_text_to_the_letter(text, value):
+    assert config_of(f"model.scratch.x={text}").model.scratch == {"x": value}
+    assert config_of(f"model.scratch.x.y={text}").model.scratch == {"x": {"y": value}}
+    weight = value if type(value) in (int, float) else None
+    if weight is not None:
+        assert config_of(f"reward.bonus.boxed={text}").reward.bonus == {"boxed": weight}
+    else:
+        assert "must be a number" in refusal(config_of, f"reward.bonus.boxed={text}")
+
+
+@pytest.mark.parametrize("value", ["yes", "5", "1.0", "null", "", "2024-01-01", "[a]"])
+def test_kind_21_a_text_that_yaml_reads_as_something_else_is_refused_with_what_to_do(value, tmp_path):
+    file = written(tmp_path, c=f"data:\n  system_prompt: {value}\n")
+    assert "data.system_prompt must be of type str" in refusal(config_of, file)
+    assert "put it in quotes" in refusal(config_of, file)
+
+
+@pytest.mark.parametrize(
+    "text, key, lines",
+    [
+        ("train: {steps: 5}\neval: {every: 3}\ntrain: {epochs: 2}", "'train'", "1 and 3"),
+        ("train: {steps: 5,\n  steps: 6}", "'steps'", "1 and 2"),
+        ("train:\n  steps: 5\n  epochs: 2\n  steps: 6", "'steps'", "2 and 4"),
+        ("'seed': 1\nseed: 2", "'seed'", "1 and 2"),
+        ('seed: 1\n"se\\x65d": 2', "'seed'", "1 and 2"),
+        ("model:\n  scratch:\n    a: {b: [{c: 1}, {d: 1,\n      d: 2}]}", "'d'", "3 and 4"),
+        ("model: {scratch: {1: a, 1.0: b}}", "1.0", "1 and 1"),
+        ("model: {scratch: {true: a, yes: b}}", "True", "1 and 1"),
+        ("seed: 1\nbase: a.yaml\nbase: b.yaml", "'base'", "2 and 3"),
+        ("x: &a {seed: 1}\n<<: *a\nseed: 2\nseed: 3", "'seed'", "3 and 4"),
+    ],
+)
+def test_kind_22_a_key_that_stands_twice_is_an_error_that_names_both_lines(text, key, lines, tmp_path):
+    wanted = f"key {key} stands twice, in lines {lines}"
+    assert wanted in refusal(config_of, written(tmp_path, c=text))
+    assert wanted in refusal(config_of, written(tmp_path, c=text, d="base: c.yaml\nseed: 4"))
+    assert wanted in refusal(infra.config.override, {}, f"model.scratch={text}", train.Config)
+
+
+def test_kind_22_merge_keys_override_as_yaml_means_them_to_wherever_they_stand(tmp_path):
+    text = """
+model:
+  scratch:
+    first: &first {a: 1, b: 2}
+    deep: {er: &second {<<: *first, b: 3}}
+    both: {<<: [*first, {c: 5}], a: 4}
+train: {<<: &third {steps: 5, epochs: 2}, steps: 6}
+eval: {every: 3}
+"""
+    config = config_of(written(tmp_path, c=text))
+    assert config.model.scratch["deep"] == {"er": {"a": 1, "b": 3}}
+    assert config.model.scratch["both"] == {"a": 4, "b": 2, "c": 5}
+    assert (config.train.steps, config.train.epochs) == (6, 2)
+    # The mapping that is merged stands deeper than the one that takes it, so it is made later
+    deeper = "a: {b: &m {<<: &n {x: 1}, x: 2}}\nc: {<<: *m, y: 3}"
+    assert infra.config.parse_yaml(deeper) == yaml.safe_load(deeper)
+
+
+@pytest.mark.parametrize("text", ["1: a\n'1': b", "a: 1\nA: 2", "a: {x: 1}\nb: {x: 1}", "? a\n: 1\n? b\n: 2"])
+def test_kind_22_keys_that_differ_are_two(text):
+    assert len(infra.config.parse_yaml(text)) == 2
+
+
+# --- what no config may do: anything but be read, or be refused in one line ----------------------------------------
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+YAML_BITS = st.sampled_from([
+    *"[]{}:,-?&*!|>#%@`'\"\n \t\\~=<0.", "<<", "*a", "&a ", "!!int ", "!!bool x", "!!timestamp x", "!!set ", "0x_",
+    "1e3",
+    "2024-99-99", "1:99", "null", "yes", ".nan", ".inf", "\ud800",
+    "\x00", "\u2028", "---", "...", "a: ", "train: ", "? ",
+    "!!binary x", "!!python/object:os.system ", "9" * 400, "[" * 400,
+    "base: ", "seed", "model", "scratch: ", "steps: ",
+])  # fmt: skip
+MESSES = st.lists(YAML_BITS, max_size=12).map("".join)
+
+
+def read_or_refused(work, *args):
+    """What `work` gives; None where it refused, which must be by BadInput, in one line."""
+    try:
+        return work(*args)
+    except BadInput as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=ANY_TEXT)
+def test_kind_21_any_text_comes_back_from_the_command_line_and_from_yaml(text):
+    assert config_of(f"data.system_prompt={text}").data.system_prompt == text
+    assert config_of(f"algorithm.line_end={text};").algorithm.line_end == text + ";"
+    config = config_of(f"data.prompt={text}{{question}}{text}")
+    assert config.data.prompt == f"{text}{{question}}{text}"
+    again = infra.config.parse_yaml(yaml.safe_dump(infra.config.to_dict(config)))
+    assert infra.config.build_config(train.Config, again, infra.config.all_keys(train.Config)) == config
+    assert not infra.config.changes(again, config)
+
+
+@settings(max_examples=120, deadline=None)
+@given(key=st.sampled_from([*infra.config.all_keys(train.Config), "model.scratch.x", "model", "x.y"]), text=MESSES)
+def test_kind_21_any_argument_is_read_or_refused_in_one_line(key, text):
+    config = read_or_refused(config_of, f"{key}={text}")
+    if config:
+        json.dumps(infra.config.to_dict(config)).encode()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=MESSES)
+def test_kind_22_any_file_is_read_or_refused_in_one_line(text, tmp_path):
+    file = tmp_path / "any.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    read_or_refused(config_of, str(file))
+
+
+NAMES = st.text("abc\u00e9 :#'", min_size=1, max_size=4)
+TREES = st.recursive(
+    st.integers(0, 9), lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3), max_leaves=8
+)
+
+
+def in_flow(tree, doubled: list[str], path: str = "") -> str:
+    """A tree as YAML in one line; the key at `doubled` stands twice."""
+    if not isinstance(tree, dict):
+        return str(tree)
+    items = []
+    for key, value in tree.items():
+        here = f"{path}/{key}"
+        items += [f"{json.dumps(key)}: {in_flow(value, doubled, here)}"] * (2 if here in doubled else 1)
+    return "{" + ", ".join(items) + "}"
+
+
+def places_of(tree, path: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return []
+    below = [place for key, value in tree.items() for place in places_of(value, f"{path}/{key}")]
+    return [*below, *(f"{path}/{key}" for key in tree)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=st.dictionaries(NAMES, TREES, min_size=1, max_size=3), data=st.data())
+def test_kind_22_a_doubled_key_is_found_wherever_it_stands_and_no_other_is(tree, data):
+    assert infra.config.parse_yaml(in_flow(tree, [])) == tree
+    place = data.draw(st.sampled_from(places_of(tree)))
+    with pytest.raises(yaml.YAMLError, match="stands twice, in lines 1 and 1"):
+        infra.config.parse_yaml(in_flow(tree, [place]))
 
 
 @pytest.mark.parametrize("file", [f for f in ABLATIONS if f.stem not in {"base", *TASKS}], ids=lambda file: file.stem)
@@ -723,6 +911,79 @@ def test_a_run_does_not_go_on_with_another_reference_than_it_began_with(straight
     trained = {"policy": (policy, model.make_optimizer(policy, train.TrainConfig()))}
     words = refusal(infra.checkpoints.resume, True, folder, trained, "another hash")
     assert "started from has changed on disk" in words
+
+
+# --- the problems are part of a run -------------------------------------------------------------------------------
+
+PROBLEMS = [Problem(f"{i}b+5?", str((i + 5) % 10), "chain", "Be brief.") for i in range(6)]
+CHANGES = {
+    "a reference": [*PROBLEMS[:5], replace(PROBLEMS[5], reference="7")],
+    "a reference's type": [*PROBLEMS[:5], replace(PROBLEMS[5], reference=0)],
+    "a prompt": [*PROBLEMS[:5], replace(PROBLEMS[5], prompt="5b+5? ")],
+    "a system prompt": [replace(PROBLEMS[0], system=""), *PROBLEMS[1:]],
+    "a grader": [replace(PROBLEMS[0], grader="number"), *PROBLEMS[1:]],
+    "their number": PROBLEMS[:5],
+    "their order": PROBLEMS[::-1],
+    "where a text ends": [replace(PROBLEMS[0], prompt="0b+5?Be", system=" brief."), *PROBLEMS[1:]],
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_kind_23_the_hash_of_problems_is_another_where_anything_that_matters_is(what):
+    assert problems_hash(CHANGES[what]) != problems_hash(PROBLEMS)
+
+
+def test_kind_23_the_hash_is_the_same_on_every_machine_and_for_every_order_of_keys():
+    answers = [{"a": 1, "b": [None, 0.5]}, {"b": [None, 0.5], "a": 1}]
+    first, second = (problems_hash([Problem("\u00e9\ud800?", answer, "math")]) for answer in answers)
+    text = r'["\u00e9\ud800?", "", "math", {"a": 1, "b": [null, 0.5]}]' + "\n"
+    assert first == second == hashlib.sha256(text.encode()).hexdigest()
+    assert problems_hash(list(PROBLEMS)) == problems_hash(PROBLEMS)
+
+
+def without_problems(checkpoint: Path) -> None:
+    """Make it one of an earlier version, which wrote no hash of the problems."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["problems"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    file = checkpoint / "state.json"
+    manifest["state.json"] = {"bytes": file.stat().st_size, "sha256": infra.checkpoints._sha256(file)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_kind_23_a_run_goes_on_with_the_problems_that_it_began_with_alone(warm, tmp_path):
+    rows = [{"prompt": f"{i}b+{j}?", "reference": str((i + j) % 10)} for i in range(9) for j in range(9)]
+    held_out = [{"prompt": f"9b+{j}?", "reference": str((9 + j) % 10)} for j in range(4)]
+    files = {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl"}
+    jsonl(files["train"], rows), jsonl(files["held_out"], held_out)
+    run = tmp_path / "run"
+    arguments = [warm, "data.source=file", f"data.path={files['train']}", f"data.held_out_path={files['held_out']}"]
+    arguments += ["reward.grader=chain", "data.train_size=0", "data.held_out_size=4", "eval.prompts=4", "resume=true"]
+    finished(run, *arguments, "train.steps=1")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert set(json.loads((checkpoint / "state.json").read_text())["problems"]) == {"training", "held-out"}
+
+    wrong, fewer = [rows[0] | {"reference": "?"}, *rows[1:]], rows[1:]
+    asked = [held_out[0] | {"prompt": "9b-1?"}, *held_out[1:]]
+    changes = [("training", wrong, held_out), ("training", fewer, held_out), ("held-out", rows, asked)]
+    changes += [("training and held-out", wrong, asked)]
+    for which, *changed in changes:
+        for file, lines in zip(files.values(), changed, strict=True):
+            jsonl(file, lines)
+        code, words = ran(run, *arguments, "train.steps=2")
+        assert code == 2 and f"error: the {which} problems of {run} have changed since it began" in words
+    jsonl(files["train"], rows[::-1]), jsonl(files["held_out"], held_out)  # a file's order is none of a run's
+    assert "going on after step 1" in finished(run, *arguments, "train.steps=2", "eval.prompts=3")
+
+    newest = max((run / "checkpoints").iterdir())
+    without_problems(newest)
+    jsonl(files["train"], wrong)
+    words = finished(run, *arguments, "train.steps=3")
+    assert "whether they are the same could not be compared" in words and "going on after step 2" in words
+    jsonl(files["train"], rows)  # from there on they are known
+    code, words = ran(run, *arguments, "train.steps=4")
+    assert code == 2 and "the training problems of" in words
 
 
 # --- the dry run --------------------------------------------------------------------------------------------------
