@@ -178,7 +178,7 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
             try:
                 rows = json.loads(text)
             except json.JSONDecodeError:  # a line each, in spite of the name
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             if isinstance(rows, dict):  # columns, as pandas writes them: {name: {row: value}}
                 rows = [
                     {name: rows[name][key] for name in rows} for key in next(iter(rows.values()))

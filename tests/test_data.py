@@ -463,3 +463,24 @@ def test_twin_configs_differ_in_the_estimator_alone(name):
     differing = {key for key in spro if spro[key] != grpo[key]}
     assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
     assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\u2028\u2029"], ids=ascii)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_kind_24_lines_of_json_end_at_line_feeds_alone(separator, name, tmp_path):
+    texts = [f"How{separator}much is {i}?" for i in range(3)]
+    lines = [json.dumps({"prompt": text, "reference": "8"}, ensure_ascii=False) for text in texts]
+    assert all(separator in line for line in lines)
+    for ends in ("\n", "\r\n", "\n\n"):
+        (tmp_path / name).write_text(ends.join(lines) + ends, encoding="utf-8", newline="")
+        assert [p.prompt for p in tasks.datasets.read_problems("file", str(tmp_path / name))] == texts
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a\nb", "reference": "8"}', '{"prompt": "a"\n"reference": "8"}', "a\n"])
+def test_kind_24_what_is_no_json_is_refused_as_before(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(BadInput, match=r"rows\.json[^\n]*$"):
+        tasks.datasets.read_problems("file", str(tmp_path / "rows.json"))
