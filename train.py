@@ -149,7 +149,7 @@ class Config(Block):
         if self.reward.overlong_buffer > s.max_new_tokens:
             raise ValueError(
                 f"reward.overlong_buffer={self.reward.overlong_buffer} > "
-                f"sample.max_new_tokens={s.max_new_tokens}: the penalty would fall on every response"
+                f"sample.max_new_tokens={s.max_new_tokens}: every response would be penalized"
             )
         if self.needs_prm and a.beta <= 0:
             raise ValueError(
