@@ -41,7 +41,7 @@ from infra.rng import Draw
 from infra.run_folder import append_line
 from model import Policy
 from rewards import Grader, RewardConfig
-from rewards.scores import benchmark_metrics, wilson_interval
+from rewards.scores import benchmark_metrics, whole_problems, wilson_interval
 from sample import SampleConfig, context_left, open_run, sample
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem
@@ -103,7 +103,7 @@ def eval_line(m: dict[str, float]) -> str:
 
 def table_row(settings: dict, rows: list[dict]) -> str:
     """One row of the README's table of benchmarks, with its header."""
-    faults, n = sum(row["score"] is None for row in rows), len({row["problem"] for row in rows})
+    problems, left_out = whole_problems(rows)
     how = (
         f"{settings['samples']} at T={settings['temperature']:g}"
         if settings["temperature"]
@@ -111,8 +111,8 @@ def table_row(settings: dict, rows: list[dict]) -> str:
     )
     cells = {
         "command": f"`python eval.py {shlex.join(sys.argv[1:])}`",
-        "benchmark": f"{settings['benchmark']}, n = {n}"
-        + (f", {faults} without a verdict" if faults else ""),
+        "benchmark": f"{settings['benchmark']}, n = {len(problems)}"
+        + (f", {left_out} left out: responses without a verdict" if left_out else ""),
         "samples": how,
     }
     for name, values in benchmark_metrics(rows).items():
@@ -263,7 +263,11 @@ def regrade(args) -> None:
             changes[f"{row['score']} -> {now.score}"] += 1
             place = f"problem {row['problem']}, sample {row['sample']}"
             print(f"{place}: {row['score']} ({row['reason']}) -> {now.score} ({now.reason})")
-        row |= {"score": now.score, "reason": now.reason}
+        row |= {
+            "grader": args.grader or row["grader"],
+            "score": now.score,
+            "reason": now.reason,
+        }
     print(
         f"{changes.total()} of {len(rows)} verdicts differ "
         f"{dict(changes)}\n{table_row(settings, rows)}"
