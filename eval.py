@@ -23,7 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataConfig, apply_prompt, encode_prompts, load_problems, require_graders
+from data import (
+    DataConfig,
+    apply_prompt,
+    check_references,
+    encode_prompts,
+    load_problems,
+    require_graders,
+)
 from infra.config import Block, knob, saved_block, saved_config
 from infra.console import programs_line
 from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped, enough_memory
@@ -144,6 +151,7 @@ def benchmark_prompts(args, grader: Grader, policy: Policy, config: dict, max_ne
         raise BadInput(f"--{error}") from error
     problems = apply_prompt(read_problems(args.benchmark, args.data), data)[: args.limit]
     require_graders(problems, grader)
+    check_references(problems, grader)
     return encode_prompts(
         problems, policy.tokenizer, context_left(policy, max_new_tokens, sys.maxsize), chat
     )

@@ -86,7 +86,10 @@ def read_tests(reference) -> dict:
     each with "time_limit" (seconds a test) and "memory_limit" (MiB), if they are not to be the sandbox's defaults
     """
     reference = json.loads(reference) if isinstance(reference, str) else reference
-    reference = {"tests": reference} if isinstance(reference, list) else dict(reference)
+    reference = {"tests": reference} if isinstance(reference, list) else reference
+    if not isinstance(reference, dict):
+        raise ValueError("tests are an object or a list")
+    reference = dict(reference)
     if "script" in reference:
         return reference
     if "tests" in reference:
@@ -107,6 +110,19 @@ def read_tests(reference) -> dict:
     if not pairs:
         raise ValueError("the reference has no tests")
     return reference | {"tests": pairs}
+
+
+def limits_of(reference: dict, output: int = 2**20) -> sandbox.Limits:
+    return sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512), output)
+
+
+def check_tests(reference) -> None:
+    """Raise where `read_tests` or the sandbox could not read a reference; runs nothing."""
+    reference = read_tests(reference)
+    limits_of(reference)
+    for name in ("script", "entry_point") if "script" in reference else ():
+        if not isinstance(reference.get(name), str):
+            raise ValueError(f"{name} is no text")
 
 
 def same_value(got, expected) -> bool:
@@ -145,7 +161,7 @@ def same_text(got: str, expected: str) -> bool:
 def run_test(program: str, reference: dict, given, expected, unsafe: bool) -> tuple[str, str]:
     """(verdict, detail) of one of the tests of `read_tests`."""
     room = 2**20 + 2 * len(json.dumps(expected))
-    limits = sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512), room)
+    limits = limits_of(reference, room)
     function = reference.get("fn_name")
     if function:
         outcome = sandbox.run_function(program, function, given, limits, unsafe)
@@ -179,9 +195,8 @@ def grade_code(text: str, reference, fraction: bool = False, unsafe: bool = Fals
     if program is None:
         return 0.0, "no program: no closed code block that is marked python or not at all"
     if "script" in reference:
-        limits = sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512))
         script, entry, prelude = reference["script"], reference["entry_point"], reference.get("prelude", "")
-        outcome = sandbox.run_script(program, script, entry, prelude, limits, unsafe)
+        outcome = sandbox.run_script(program, script, entry, prelude, limits_of(reference), unsafe)
         return (1.0, "AC") if outcome.verdict == "OK" else (0.0, f"{outcome.verdict}: {outcome.detail}")
     passed, reason, total = 0, "", len(reference["tests"])
     for i, (given, expected) in enumerate(reference["tests"], 1):

@@ -318,7 +318,7 @@ def test_flags_that_do_not_go_together_are_refused_in_one_line(flags, monkeypatc
 @pytest.mark.parametrize("shape", FILES)
 def test_each_benchmark_runs_from_its_published_file(shape, model, tmp_path, monkeypatch, capsys):
     arguments = [str(model), "--benchmark", shape, "--data", str(published(FILES[shape][0])), "--limit", "2"]
-    arguments += ["--max-new-tokens", "4", "--grader", "chain", "--output", str(tmp_path / "out.jsonl")]
+    arguments += ["--max-new-tokens", "4", "--grader", "boxed", "--output", str(tmp_path / "out.jsonl")]
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     eval_module.main()
     _, *rows = read(tmp_path / "out.jsonl")
