@@ -144,6 +144,21 @@ def require_graders(problems: list[Problem], grader: Grader) -> None:
             raise BadInput(f"data: {error}; reward.grader names one for all rows") from error
 
 
+def check_references(problems: list[Problem], grader: Grader) -> None:
+    """Raises BadInput where a problem's grader cannot read its reference: no answer could be right.
+
+    The line names file and row.
+    """
+    for problem in problems:
+        try:
+            grader.check(problem)
+        except ValueError as error:
+            raise BadInput(
+                f"data: {problem.place or repr(problem.prompt[:80])}: {error}; mend that row or "
+                "take it out, or choose another grader"
+            ) from error
+
+
 def apply_prompt(problems: list[Problem], config: DataConfig) -> list[Problem]:
     """The problems as they are asked: the prompt's text around the question, the config's system
     prompt if it has one.
@@ -165,10 +180,12 @@ def load_problems(
     works here.
 
     Raises BadInput where the source does not have that many or cannot be read, or a grader is not
-    known.
+    known or cannot read a reference.
     """
     train, held_out = SOURCES[config.source](config, seed)
-    require_graders(train + held_out, grader or Grader())
+    grader = grader or Grader()
+    require_graders(train + held_out, grader)
+    check_references(train + held_out, grader)
     return apply_prompt(train, config), apply_prompt(held_out, config)
 
 

@@ -23,7 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataConfig, apply_prompt, encode_prompts, load_problems, require_graders
+from data import (
+    DataConfig,
+    apply_prompt,
+    check_references,
+    encode_prompts,
+    load_problems,
+    require_graders,
+)
 from infra.config import Block, knob, saved_block, saved_config
 from infra.console import programs_line
 from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped, enough_memory
@@ -41,7 +48,7 @@ from infra.rng import Draw
 from infra.run_folder import append_line
 from model import Policy
 from rewards import Grader, RewardConfig
-from rewards.benchmark_metrics import benchmark_metrics, wilson_interval
+from rewards.benchmark_metrics import benchmark_metrics, whole_problems, wilson_interval
 from sample import SampleConfig, context_left, open_run, sample
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem, problems_hash
@@ -103,7 +110,7 @@ def eval_line(m: dict[str, float]) -> str:
 
 def table_row(settings: dict, rows: list[dict]) -> str:
     """One row of the README's table of benchmarks, with its header."""
-    faults, n = sum(row["score"] is None for row in rows), len({row["problem"] for row in rows})
+    problems, left_out = whole_problems(rows)
     how = (
         f"{settings['samples']} at T={settings['temperature']:g}"
         if settings["temperature"]
@@ -111,8 +118,8 @@ def table_row(settings: dict, rows: list[dict]) -> str:
     )
     cells = {
         "command": f"`python eval.py {shlex.join(sys.argv[1:])}`",
-        "benchmark": f"{settings['benchmark']}, n = {n}"
-        + (f", {faults} without a verdict" if faults else ""),
+        "benchmark": f"{settings['benchmark']}, n = {len(problems)}"
+        + (f", {left_out} left out: responses without a verdict" if left_out else ""),
         "samples": how,
     }
     for name, values in benchmark_metrics(rows).items():
@@ -147,6 +154,7 @@ def benchmark_prompts(args, grader: Grader, policy: Policy, config: dict, max_ne
     asked = apply_prompt(read_problems(args.benchmark, args.data), data)
     problems = asked[: args.limit]
     require_graders(problems, grader)
+    check_references(problems, grader)
     limit = context_left(policy, max_new_tokens, sys.maxsize)
     fitting = encode_prompts(problems, policy.tokenizer, limit, chat, policy.known_ids)
     return *fitting, problems_hash(asked)
@@ -277,7 +285,11 @@ def regrade(args) -> None:
             changes[f"{row['score']} -> {now.score}"] += 1
             place = f"problem {row['problem']}, sample {row['sample']}"
             print(f"{place}: {row['score']} ({row['reason']}) -> {now.score} ({now.reason})")
-        row |= {"score": now.score, "reason": now.reason}
+        row |= {
+            "grader": args.grader or row["grader"],
+            "score": now.score,
+            "reason": now.reason,
+        }
     print(
         f"{changes.total()} of {len(rows)} verdicts differ "
         f"{dict(changes)}\n{table_row(settings, rows)}"

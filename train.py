@@ -147,6 +147,11 @@ class Config(Block):
             )
         if self.eval.prompts > held_out:
             raise ValueError(f"eval.prompts={self.eval.prompts} > data.held_out_size={held_out}")
+        if self.reward.overlong_buffer > s.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer={self.reward.overlong_buffer} > "
+                f"sample.max_new_tokens={s.max_new_tokens}: every response would be penalized"
+            )
         if self.needs_prm and a.beta <= 0:
             raise ValueError(
                 f"algorithm.advantage={a.advantage} needs algorithm.beta above 0 to learn by"

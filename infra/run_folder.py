@@ -187,7 +187,7 @@ def keep_metrics_through(run: Path, step: int) -> list[dict]:
 
 def _keep_metrics_through(file: Path, step: int) -> list[dict]:
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text().split("\n") if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

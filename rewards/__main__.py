@@ -19,8 +19,8 @@ def grade_line(grader: Grader, name: str, line: bytes) -> Verdict:
     try:
         row = json.loads(line)
         text, reference = row["text"], row["reference"]
-        if not isinstance(text, str) or type(reference) not in (str, dict, int, float):
-            raise TypeError("text must be a string, reference a string, a number or an object")
+        if not isinstance(text, str):
+            raise TypeError("text must be a string")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"fault: not a JSON object with text and reference ({type(error).__name__}: {error})"
         return Verdict(None, reason)

@@ -41,6 +41,7 @@ killed). Their policies, each with its cases in tests/test_answers.py:
 import ast
 import functools
 import itertools
+import math
 import operator
 import random
 import re
@@ -87,6 +88,10 @@ def last_box(text: str) -> str | None:
     return box
 
 
+REFERENCE_KEYS = {"answer", "multiple", "tolerance", "unit"}
+PLAIN_WORD = re.compile(r"\d|(?<![A-Za-z\\])[A-Za-z]")  # a digit, or a letter that is not in a command
+
+
 def final_answer(text: str) -> str | None:
     """The last box, or else what stands behind the last `####`, on its line, as in GSM8K."""
     box = last_box(text)
@@ -101,7 +106,33 @@ def published(answer) -> str:
     if isinstance(answer, float) and abs(answer) < float("inf"):
         return f"{Decimal(repr(answer)):f}"
     text = str(answer).rpartition("####")[2]
-    return last_box(text) or text
+    box = last_box(text)
+    return text if box is None else box
+
+
+def read_reference(reference) -> dict:
+    """The fields of a Gold that a reference gives: `answer`, and `multiple`, `tolerance`, `unit`.
+
+    ValueError: no answer could be right by it. Cheap, for each row of a dataset is asked.
+    """
+    fields = reference if isinstance(reference, dict) else {"answer": reference}
+    if "answer" not in fields or not fields.keys() <= REFERENCE_KEYS:
+        raise ValueError(f"an object has the key 'answer', and no others than {sorted(REFERENCE_KEYS)}")
+    answer, tolerance = fields["answer"], fields.get("tolerance")
+    if isinstance(answer, list | tuple):
+        raise ValueError('several values are one text: {"answer": "3, 5", "multiple": true}')
+    if not isinstance(answer, str | int | float):
+        raise ValueError(f"the answer must be a text or a number, not {type(answer).__name__}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError("the answer is no finite number")
+    text = published(answer)
+    if not PLAIN_WORD.search(text) and not spelled(text):  # \infty has no word, and says something
+        raise ValueError("the answer is empty")
+    if tolerance is not None and not (type(tolerance) in (int, float) and 0 <= tolerance < math.inf):
+        raise ValueError("tolerance must be a number, at least 0, or null")
+    if not isinstance(fields.get("unit"), str | None):
+        raise ValueError("unit must be a text or null")
+    return fields
 
 
 # --- comparing answers --------------------------------------------------------------------------
@@ -326,10 +357,9 @@ def grade_answer(text: str, reference, symbolic: bool, literal: bool = True) -> 
     may hold $, \\boxed{} or GSM8K's ####), or a dict of Gold's `answer`, `multiple`, `tolerance`
     and `unit`.
 
-    TypeError: the dict has other keys.
+    ValueError: the reference cannot be read, see `read_reference`.
     """
-    gold = Gold(**reference) if isinstance(reference, dict) else Gold(reference)
-    gold = replace(gold, symbolic=symbolic, literal=literal)
+    gold = Gold(**read_reference(reference), symbolic=symbolic, literal=literal)
     answer, expected = final_answer(text), published(gold.answer)
     if answer is None:
         return 0.0, "no box, and no answer behind ####"

@@ -4,7 +4,8 @@ A score is the model's doing, between 0 and 1. A fault of ours (a grader that cr
 score and must never be mistaken for a wrong answer: training drops the whole group of a response without a score.
 
 A `Grader` judges as a RewardConfig says. To add a grader, write `(text, reference) -> (score, reason)` and name it in
-GRADERS. The rules of `number` and `math` stand at the top of answers.py, those of `code` in programs.py and sandbox.py.
+GRADERS; and in CHECKS what references it can read, so that a row with another is named before anything runs. The
+rules of `number` and `math` stand at the top of answers.py, those of `code` in programs.py and sandbox.py.
 """
 
 import functools
@@ -18,15 +19,22 @@ from dataclasses import dataclass
 from infra.config import Block, knob
 
 from rewards import sandbox
-from rewards.answers import grade_math, grade_number, last_box
-from rewards.programs import grade_code
+from rewards.answers import grade_math, grade_number, last_box, read_reference
+from rewards.programs import check_tests, grade_code
 from rewards.worker import ask_worker, threads
 
 ATTEMPTS = 2  # a grader that raises is tried again once before its fault is reported
 
 
+def check_digit(reference) -> None:
+    """What the grader `chain` can read: a digit, as text or as a number."""
+    if type(reference) not in (str, int) or not re.fullmatch("[0-9]", str(reference)):
+        raise ValueError("it must be a digit, as text or as a number")
+
+
 def grade_chain(text: str, reference) -> tuple[float, str]:
     """The chain task: the text must end in `#` and the one right digit."""
+    check_digit(reference)
     answer = re.search(r"#([0-9])\Z", text)
     if not answer:
         return 0.0, "no answer: the text does not end in '#' and a digit"
@@ -38,6 +46,12 @@ def grade_chain(text: str, reference) -> tuple[float, str]:
 def grade_boxed(text: str, reference) -> tuple[float, str]:
     """Whether there is a box to be graded at all: a bonus for the format."""
     return (0.0, "no box") if last_box(text) is None else (1.0, "boxed")
+
+
+def check_entry(reference) -> None:
+    """What reasoning-gym can read: an entry of one of its tasks."""
+    if not isinstance(reference, dict) or not {"metadata", "answer"} <= reference.keys():
+        raise ValueError("it must be an entry of a reasoning-gym task, with answer and metadata")
 
 
 def grade_reasoning_gym(text: str, reference: dict) -> tuple[float, str]:
@@ -57,6 +71,13 @@ GRADERS = {
     "math": grade_math,
     "reasoning_gym": grade_reasoning_gym,
     "code": grade_code,
+}
+CHECKS = {  # raise where no answer could be right by a reference; a grader that has none reads any
+    "chain": check_digit,
+    "number": read_reference,
+    "math": read_reference,
+    "reasoning_gym": check_entry,
+    "code": check_tests,
 }
 IN_WORKER = {"math"}  # graders that may hang: they run in a process that can be killed
 IN_THREAD = IN_WORKER | {"code"}  # graders that leave the work to other processes: one per core
@@ -116,6 +137,18 @@ class Grader:
                 sandbox.isolation(self.unsafe)
             except sandbox.SandboxError as error:
                 raise ValueError(f"{key}='code': {error}, or set reward.allow_unsafe_code_execution=true") from error
+
+    def check(self, problem) -> None:
+        """Raise ValueError if one of its graders, those of a bonus too, cannot read the problem's reference."""
+        for name in (self.name_for(problem), *self.config.bonus):
+            try:
+                if name in CHECKS:
+                    CHECKS[name](problem.reference)
+            except Exception as error:  # whatever a check trips over, the reference cannot be read
+                shown = repr(problem.reference)
+                shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+                why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise ValueError(f"the grader {name!r} cannot read the reference {shown}: {why}") from error
 
     def isolation(self) -> str:
         """What stands between this machine and the programs that are graded: see sandbox.py."""

@@ -10,6 +10,9 @@ import re
 from rewards import sandbox
 
 PYTHON = ("", "python", "py", "python3")  # what may stand behind an opening fence
+# Where a triple quote may open in a line of a program; what stands in comments and other strings opens none.
+TOKENS = re.compile(r"""\\.|\#.*|"{3}|'{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
+CLOSING = {quote: re.compile(rf"(?:\\.|[^\\])*?{quote}") for quote in ('"""', "'''")}
 DECIMAL = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 
 
@@ -22,30 +25,55 @@ def _fence(line: str) -> tuple[str, int, str] | None:
     return line[: len(line) - len(ticks)], len(ticks) - len(words), (words.split() or [""])[0].lower()
 
 
+def _quote_after(line: str, quote: str | None) -> str | None:
+    """The triple quote that is open behind a line of a program, where `quote` is open before it; None for none."""
+    place = 0
+    while token := CLOSING[quote].match(line, place) if quote else TOKENS.search(line, place):
+        place = token.end()
+        if quote:
+            quote = None
+        elif token[0] in CLOSING:
+            quote = token[0]
+    return quote
+
+
+def _blocks(text: str, strings: bool) -> tuple[list[tuple[str, str]], bool]:
+    """(mark, content) of each closed block, and whether that is all there is. With `strings`, a fence inside a
+    triple-quoted string of a program is none; it is not all where the last block, or a block in a string, stays open.
+    """
+    blocks: list[tuple[str, str]] = []
+    block, quote, quoted = None, None, False  # quoted: whether a block is open inside the string
+    for line in text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n"):
+        fence = _fence(line)
+        if fence and quote:
+            if quoted and fence[2]:  # this block begins behind a program whose string never ended
+                return blocks, False
+            quoted, fence = not quoted, None
+        if fence and (block is None or fence[2]):
+            (indent, ticks, mark), block = fence, []
+        elif fence and fence[1] >= ticks:
+            blocks.append((mark, "\n".join(block)))
+            block = None
+        elif block is not None:
+            block.append(line.removeprefix(indent))
+            quote = _quote_after(line, quote) if strings and mark in PYTHON else None
+            quoted = quoted and quote is not None
+    return blocks, block is None
+
+
 def extract_program(text: str) -> str | None:
-    """The last fenced block of `text` that is closed and marked python, py, python3 or not at all; None without one.
+    """The last closed block of `text` that is marked python, py or python3; without any, the last one that is not
+    marked at all, for that may be an output as well; None without one.
 
     CommonMark's fences, with two exceptions: a marked fence inside a block begins another (the first was never closed),
-    and one inside a triple-quoted string is none, unless that reading would leave the last block open. Blocks count
-    wherever they stand, in the thinking part too. A block is a whole program: the bare body of a function is none.
+    and one inside a triple-quoted string is none, unless that reading would leave a block open. Blocks count wherever
+    they stand, in the thinking part too. A block is a whole program: the bare body of a function is none.
     """
-    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
-    program = None
-    for strings in (True, False):
-        program = block = quote = None
-        for line in lines:
-            fence = None if quote else _fence(line)
-            if fence and (block is None or fence[2]):
-                (indent, ticks, mark), block = fence, []
-            elif fence and fence[1] >= ticks:
-                program, block = "\n".join(block) if mark in PYTHON else program, None
-            elif block is not None:
-                block.append(line.removeprefix(indent))
-                for found in re.findall(r"\"{3}|'{3}", line) if strings else ():
-                    quote = found if quote is None else None if found == quote else quote
-        if block is None:
-            break
-    return program
+    blocks, closed = _blocks(text, strings=True)
+    if not closed:
+        blocks, _ = _blocks(text, strings=False)
+    programs = {bool(mark): program for mark, program in blocks if mark in PYTHON}  # the last of each kind
+    return programs.get(True, programs.get(False))
 
 
 def read_tests(reference) -> dict:
@@ -58,7 +86,10 @@ def read_tests(reference) -> dict:
     each with "time_limit" (seconds a test) and "memory_limit" (MiB), if they are not to be the sandbox's defaults
     """
     reference = json.loads(reference) if isinstance(reference, str) else reference
-    reference = {"tests": reference} if isinstance(reference, list) else dict(reference)
+    reference = {"tests": reference} if isinstance(reference, list) else reference
+    if not isinstance(reference, dict):
+        raise ValueError("tests are an object or a list")
+    reference = dict(reference)
     if "script" in reference:
         return reference
     if "tests" in reference:
@@ -79,6 +110,19 @@ def read_tests(reference) -> dict:
     if not pairs:
         raise ValueError("the reference has no tests")
     return reference | {"tests": pairs}
+
+
+def limits_of(reference: dict, output: int = 2**20) -> sandbox.Limits:
+    return sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512), output)
+
+
+def check_tests(reference) -> None:
+    """Raise where `read_tests` or the sandbox could not read a reference; runs nothing."""
+    reference = read_tests(reference)
+    limits_of(reference)
+    for name in ("script", "entry_point") if "script" in reference else ():
+        if not isinstance(reference.get(name), str):
+            raise ValueError(f"{name} is no text")
 
 
 def same_value(got, expected) -> bool:
@@ -117,7 +161,7 @@ def same_text(got: str, expected: str) -> bool:
 def run_test(program: str, reference: dict, given, expected, unsafe: bool) -> tuple[str, str]:
     """(verdict, detail) of one of the tests of `read_tests`."""
     room = 2**20 + 2 * len(json.dumps(expected))
-    limits = sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512), room)
+    limits = limits_of(reference, room)
     function = reference.get("fn_name")
     if function:
         outcome = sandbox.run_function(program, function, given, limits, unsafe)
@@ -151,9 +195,8 @@ def grade_code(text: str, reference, fraction: bool = False, unsafe: bool = Fals
     if program is None:
         return 0.0, "no program: no closed code block that is marked python or not at all"
     if "script" in reference:
-        limits = sandbox.Limits(reference.get("time_limit", 6.0), reference.get("memory_limit", 512))
         script, entry, prelude = reference["script"], reference["entry_point"], reference.get("prelude", "")
-        outcome = sandbox.run_script(program, script, entry, prelude, limits, unsafe)
+        outcome = sandbox.run_script(program, script, entry, prelude, limits_of(reference), unsafe)
         return (1.0, "AC") if outcome.verdict == "OK" else (0.0, f"{outcome.verdict}: {outcome.detail}")
     passed, reason, total = 0, "", len(reference["tests"])
     for i, (given, expected) in enumerate(reference["tests"], 1):

@@ -8,10 +8,12 @@ import base64
 import gzip
 import io
 import json
+import math
 import pickle
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from infra.errors import BadInput, optional
@@ -36,6 +38,8 @@ def gsm8k_row(row: dict) -> Problem:
 def aimo_row(row: dict) -> Problem:
     """AI-MO/aimo-validation-aime and -amc, whose answers are text ("025") and floats (142.0)."""
     answer = float(row["answer"])
+    if not math.isfinite(answer):
+        raise ValueError("its answer is no finite number")
     return Problem(
         row.get("question") or row["problem"],
         str(int(answer) if answer.is_integer() else answer),
@@ -59,6 +63,8 @@ def minerva_row(row: dict) -> Problem:
 
 def olympiadbench_row(row: dict) -> Problem:
     """`error` is a tolerance; a multiple answer is one text of several values."""
+    if not isinstance(row["final_answer"], list):
+        raise ValueError("its final_answer is no list")
     reference = {
         "answer": ", ".join(row["final_answer"]),
         "multiple": row["is_multiple_answer"],
@@ -178,7 +184,7 @@ def rows_of(path: str) -> Iterator[tuple[str, dict]]:
             try:
                 rows = json.loads(text)
             except json.JSONDecodeError:  # a line each, in spite of the name
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             if isinstance(rows, dict):  # columns, as pandas writes them: {name: {row: value}}
                 rows = [
                     {name: rows[name][key] for name in rows} for key in next(iter(rows.values()))
@@ -238,7 +244,10 @@ def read_problems(shape: str, path: str) -> list[Problem]:
             raise BadInput(
                 f"data: {place} is no {shape!r} row ({why}): mend it, or choose another source"
             ) from error
-        problems.append(problem) if problem else (others := others + 1)
+        if problem:
+            problems.append(replace(problem, place=place))
+        else:
+            others += 1
     if others:
         print0(f"data: {others} of {others + len(problems)} rows of {path} are not of {shape!r}")
     if not problems:

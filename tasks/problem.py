@@ -5,7 +5,7 @@ hash of the prompt.
 import hashlib
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from infra.errors import BadInput
@@ -18,6 +18,7 @@ class Problem:
     reference: Any  # the answer as the grader wants it: any JSON value
     grader: str  # a name in rewards.GRADERS
     system: str = ""  # the system's turn in a chat
+    place: str = field(default="", compare=False, repr=False)  # file and row, where it is from one
 
 
 def problems_hash(problems: list[Problem]) -> str:

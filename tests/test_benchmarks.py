@@ -14,8 +14,16 @@ import pytest
 import train
 from infra.errors import BadInput
 from infra.processes import command_line
-from rewards import GRADERS
-from rewards.benchmark_metrics import benchmark_metrics, majority, mean_interval, pass_at_k, wilson_interval
+from rewards import GRADERS, Grader, Verdict
+from rewards.benchmark_metrics import (
+    benchmark_metrics,
+    equality,
+    majority,
+    mean_interval,
+    pass_at_k,
+    wilson_interval,
+)
+from rewards.worker import VERDICT_SECONDS
 from tasks.problem import Problem
 from transformers import AutoTokenizer
 
@@ -80,7 +88,7 @@ def test_the_interval_covers_the_mean_over_such_problems_at_about_its_rate(probl
     assert 0.9 < covered / runs < 0.985  # a skewed 30 problems are the worst: 0.92; the bootstrap has 0.91 there
 
 
-def test_metrics_are_means_over_problems_and_a_missing_verdict_counts_in_no_score():
+def test_metrics_are_means_over_the_problems_all_of_whose_responses_have_a_verdict():
     generator, rows = random.Random(0), []
     for problem, sample in itertools.product(range(12), range(4)):
         answer = generator.choice(["1", "2", None])
@@ -97,20 +105,20 @@ def test_metrics_are_means_over_problems_and_a_missing_verdict_counts_in_no_scor
         }
         rows.append(row | ({"score": None} if generator.random() < 0.1 else {}))
     groups = [[row for row in rows if row["problem"] == problem] for problem in range(12)]
-    graded = [[row for row in group if row["score"] is not None] for group in groups]
-    assert any(len(group) < 4 for group in graded) and all(graded)
+    graded = [group for group in groups if all(row["score"] is not None for row in group)]
+    assert 4 < len(graded) < 12
     metrics = benchmark_metrics(rows)
     means = {name: value[0] for name, value in metrics.items()}
     assert list(means) == ["accuracy", "pass@2", "pass@4", "maj@4", "length, tokens", "cut off"]
     assert means["accuracy"] == pytest.approx(statistics.mean(statistics.mean(r["score"] for r in g) for g in graded))
     for k in (2, 4):
-        tries = [[any(r["score"] for r in s) for s in itertools.combinations(g, k)] for g in graded if len(g) >= k]
+        tries = [[any(r["score"] for r in s) for s in itertools.combinations(g, k)] for g in graded]
         assert means[f"pass@{k}"] == pytest.approx(statistics.mean(map(statistics.mean, tries)))
-    lengths = [statistics.mean(row["length"] for row in group) for group in groups]
-    half = 1.96 * statistics.stdev(lengths) / math.sqrt(12)
+    lengths = [statistics.mean(row["length"] for row in group) for group in graded]
+    half = 1.96 * statistics.stdev(lengths) / math.sqrt(len(graded))
     mean = statistics.mean(lengths)
     assert metrics["length, tokens"] == pytest.approx((mean, mean - half, mean + half))
-    assert means["cut off"] == pytest.approx(statistics.mean(row["truncated"] for row in rows))
+    assert means["cut off"] == pytest.approx(statistics.mean(row["truncated"] for group in graded for row in group))
     with pytest.raises(BadInput, match="no response has a verdict"):
         benchmark_metrics([row | {"score": None} for row in rows])
 
@@ -119,6 +127,93 @@ def test_without_boxes_there_is_no_vote_and_one_sample_has_neither_vote_nor_pass
     row = {"problem": 0, "text": "print(1)", "score": 0.5, "reason": "", "length": 3, "truncated": False}
     assert list(benchmark_metrics([row, row])) == ["accuracy", "pass@2", "length, tokens", "cut off"]
     assert benchmark_metrics([row])["accuracy"][0] == 0.5 and "pass@1" not in benchmark_metrics([row])
+
+
+def responses(problem: int, scores: list, texts=(), **more) -> list[dict]:
+    texts = texts or [""] * len(scores)
+    row = {"problem": problem, "reference": "1", "grader": "odd", "reason": "out of memory", "length": 9} | more
+    return [row | {"text": t, "score": s, "truncated": False} for t, s in zip(texts, scores, strict=True)]
+
+
+@pytest.mark.parametrize("rows, left_out, expected", [
+    (responses(0, [1.0] * 4) + responses(1, [0.0, 0.0, None, None]), 1, {"accuracy": 1, "pass@2": 1, "pass@4": 1}),
+    (responses(0, [1.0, 0.0, 0.0, 0.0]) + responses(1, [None] * 4), 1, {"accuracy": 0.25, "pass@2": 0.5, "pass@4": 1}),
+    (responses(0, [0.0] * 2) + responses(1, [1, None]) + responses(2, [1, 0]), 1, {"pass@2": 0.5, "accuracy": 0.25}),
+    (responses(0, [1.0]) + responses(1, [None]) + responses(2, [None]), 2, {"accuracy": 1}),
+    (responses(0, [1.0, 1.0]) + responses(1, [0.0]), 1, {"accuracy": 1, "pass@2": 1}),  # the last one was cut short
+    (responses(0, [1.0, 0.0]) + responses(1, [0.0, 0.0]), 0, {"accuracy": 0.25, "pass@2": 0.5}),
+])  # fmt: skip
+def test_kind_19_the_figures_of_a_row_are_of_one_set_of_problems(rows, left_out, expected):
+    means = {name: value[0] for name, value in benchmark_metrics(rows).items()}
+    assert {name: mean for name, mean in means.items() if name in expected} == pytest.approx(expected)
+    assert means.keys() - expected.keys() == {"length, tokens", "cut off"}
+    settings = {"benchmark": "file", "samples": 4, "temperature": 1.0}
+    words = f"file, n = {len({row['problem'] for row in rows}) - left_out}"
+    words += f", {left_out} left out: responses without a verdict" if left_out else ""
+    assert f"| {words} |" in eval_module.table_row(settings, rows)
+
+
+def test_kind_19_where_every_problem_has_a_fault_there_is_no_row():
+    rows = responses(0, [1.0, None]) + responses(1, [None, 0.0])
+    with pytest.raises(BadInput, match=r"^no response has a verdict, or none[^\n]*out of memory$"):
+        benchmark_metrics(rows)
+
+
+VOTES = [  # grader, reference, right answers, wrong answers, maj@n
+    ("math", "0.5", [r"\frac12", "0.5", "1/2"], ["3", "3"], 1.0),
+    ("number", "0.5", [r"\frac12", "0.5", "1/2"], ["3", "3"], 1.0),
+    ("math", "x+1", ["x+1", "1+x"], ["2", "2", r"\sqrt{4}"], 0.0),
+    ("math", "x+1", ["x+1", "1+x"], ["x-1", "-1+x", "2"], 0.5),  # a tie
+    ("math", "(1,2)", ["(1,2)", "(1, 2)"], ["(2,1)", "(1,1)", "2"], 1.0),
+    ("number", "7", ["7"], ["1,234", "1234.0", "5"], 0.0),
+    ("number", "7", ["7"], ["12, 34", "1234", "5"], 0.25),  # two numbers, and one
+    ("math", "1,3", ["1,3"], [r"\{2,3\}", "3,2", "2, 3"], 0.0),
+    ("math", {"answer": "5", "unit": "m"}, ["5", r"5\text{ m}", "5.0"], ["6", "6", r"7"], 1.0),
+    ("number", "5", ["5"], ["2", "0", "no"], 0.25),
+    ("math", "5", [], ["2", "2.0", "no"], 0.0),
+    ("boxed", "5", ["1/2", "0.5"], [], 1.0),
+    ("odd", "5", ["1/2", "0.5"], ["3", "3"], 0.0),  # a grader that knows no equality: spellings vote
+]
+
+
+@pytest.mark.parametrize("grader, reference, right, wrong, expected", VOTES)
+def test_kind_18_equal_answers_vote_together(grader, reference, right, wrong, expected):
+    answers, scores = right + wrong, [1.0] * len(right) + [0.0] * len(wrong)
+    for seed in range(3):
+        order = random.Random(seed).sample(range(len(answers)), len(answers))
+        texts = [rf"so \boxed{{{answers[i]}}}" for i in order]
+        rows = responses(0, [scores[i] for i in order], texts, grader=grader, reference=reference)
+        assert benchmark_metrics(rows)[f"maj@{len(rows)}"][0] == pytest.approx(expected)
+
+
+def test_kind_18_what_stands_behind_the_marks_of_gsm8k_votes_too():
+    texts = ["#### 18", r"\boxed{18}", "so\n#### 18.0", r"\boxed{7}", "#### 7", "no answer"]
+    rows = responses(0, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], texts, grader="number", reference="18")
+    assert benchmark_metrics(rows)["maj@6"][0] == 1.0
+
+
+def test_kind_18_no_comparison_is_made_that_could_not_change_who_wins():
+    def never(one, other):
+        raise AssertionError
+
+    assert majority([("1", 1.0), ("1.0", 1.0), ("2", 0.0), ("3", 0.0), ("1/1", 1.0)], never) == 1.0
+    assert majority([("1", 0.0), ("2", 0.0), ("3", 0.0)], never) == 0.0
+    assert majority([("1", 1.0), ("2", 1.0)], never) == 1.0
+    compared = []
+    votes = [("1", 1.0)] * 3 + [(str(i), 0.0) for i in range(2, 15)]
+    assert majority(votes, lambda *pair: compared.append(pair)) == 1.0 and len(compared) == 13 * 12 / 2
+
+
+def test_kind_18_answers_whose_comparison_takes_too_long_are_compared_no_more(monkeypatch):
+    asked = []
+
+    def slow(self, name, text, reference):
+        asked.append((text, reference))
+        return Verdict(0.0, "took longer", VERDICT_SECONDS)
+
+    monkeypatch.setattr(Grader, "grade_one", slow)
+    votes = [("1", 1.0)] + [(f"{i}^x", 0.0) for i in range(15)]
+    assert majority(votes, equality("math", "1")) == pytest.approx(1 / 16) and len(asked) <= 8
 
 
 # --- the script ---------------------------------------------------------------------------------------------------
@@ -301,7 +396,7 @@ def test_flags_that_do_not_go_together_are_refused_in_one_line(flags, monkeypatc
 @pytest.mark.parametrize("shape", FILES)
 def test_each_benchmark_runs_from_its_published_file(shape, model, tmp_path, monkeypatch, capsys):
     arguments = [str(model), "--benchmark", shape, "--data", str(published(FILES[shape][0])), "--limit", "2"]
-    arguments += ["--max-new-tokens", "4", "--grader", "chain", "--output", str(tmp_path / "out.jsonl")]
+    arguments += ["--max-new-tokens", "4", "--grader", "boxed", "--output", str(tmp_path / "out.jsonl")]
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     eval_module.main()
     _, *rows = read(tmp_path / "out.jsonl")

@@ -544,3 +544,140 @@ def test_twin_configs_differ_in_the_estimator_alone(name):
     differing = {key for key in spro if spro[key] != grpo[key]}
     assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
     assert (spro["algorithm.advantage"], grpo["algorithm.advantage"]) == ("spro", "grpo")
+
+
+# --- references ---------------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+UNREADABLE = {
+    "math": [
+        *(["3", "5"], [3], [], {"answer": ["3", "5"]}, {"answer": None}, {"answer": {"x": 1}}, {"answer": NAN}, NAN),
+        *(-INF, {"answer": "  "}, " ", "$$", r"so \boxed{}", "no answer ####", {}, {"answr": "7"}, {"points": 3}),
+        *({"answer": "7", "tolerance": "0.1"}, {"answer": "7", "tolerance": NAN}, {"answer": "7", "unit": 3}),
+        *({"answer": "7", "tolerance": -1}, {"answer": "7", "literal": False}),
+    ],
+    "chain": [["3"], {"answer": "3"}, NAN, True, 3.0],
+    "reasoning_gym": ["7", {}, {"answer": "7"}, ["7"], 7],
+    "code": [
+        *("7", 7, "no JSON", [], {}, {"inputs": []}, {"inputs": ["1"], "outputs": []}, {"inputs": [1], "outputs": [2]}),
+        *(
+            {"tests": [{"input": "1"}]},
+            {"inputs": ["1"], "outputs": ["1"], "memory_limit": 0},
+            {"script": "assert f()"},
+        ),
+        *({"script": None, "entry_point": "f"}, {"inputs": ["no JSON"], "outputs": ["1"], "fn_name": "f"}, NAN),
+    ],
+}
+UNREADABLE["number"] = UNREADABLE["math"]
+READABLE = {
+    "math": [
+        *(
+            "7",
+            7,
+            7.5,
+            -1e16,
+            "x+1",
+            r"\infty",
+            r"\emptyset",
+            "∅",
+            r"\{\}",
+            r"\text{Monday}",
+            "(A)",
+            "#### 7",
+            r"\boxed{\pi}",
+        ),
+        *({"answer": "3, 5", "multiple": True}, {"answer": 4.2, "tolerance": 0.1, "unit": "%"}, "é", "日"),
+        {"answer": "7", "tolerance": None, "unit": None, "multiple": False},
+    ],
+    "chain": ["3", 3],
+    "boxed": [["3"], NAN, {}],
+    "reasoning_gym": [{"answer": None, "metadata": {"source_dataset": "chain_sum"}}],
+    "code": [
+        *({"inputs": ["1"], "outputs": ["2"], "time_limit": 3}, json.dumps({"inputs": [["1"]], "outputs": [["2"]]})),
+        *([{"input": "1", "output": "2"}], {"inputs": ["1\n2"], "outputs": ["[3]"], "fn_name": "f"}),
+        {"script": "assert f()", "entry_point": "f"},
+    ],
+}
+
+
+@pytest.fixture
+def any_machine(monkeypatch):
+    monkeypatch.setattr(Grader, "require", lambda *_: None)
+
+
+def loaded(folder, reference, grader: str, config: RewardConfig | None = None, shape: str = "file"):
+    rows = [{"prompt": f"Q{i}", "reference": "7", "grader": "boxed"} for i in range(4)]
+    rows[2] |= {"reference": reference, "grader": grader}
+    path = jsonl(folder / "rows.jsonl", rows)
+    return load_problems(DataConfig(shape, path, held_out_size=1), 0, Grader(config))
+
+
+@pytest.mark.parametrize(("grader", "reference"), [(g, r) for g, rs in UNREADABLE.items() for r in rs], ids=str)
+def test_kind_13_a_reference_that_its_grader_cannot_read_is_named_at_loading(grader, reference, tmp_path, any_machine):
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 3[ :][^\n]*$"):
+        loaded(tmp_path, reference, grader)
+
+
+@pytest.mark.parametrize(("grader", "reference"), [(g, r) for g, rs in READABLE.items() for r in rs], ids=str)
+def test_kind_13_what_a_grader_can_read_is_loaded(grader, reference, tmp_path, any_machine):
+    train, held_out = loaded(tmp_path, reference, grader)
+    assert len(train + held_out) == 4
+
+
+def test_kind_13_the_grader_that_judges_all_rows_is_the_one_that_is_asked(tmp_path, any_machine):
+    loaded(tmp_path, ["3"], "boxed")
+    with pytest.raises(BadInput, match=r"line 3: the grader 'number' cannot read the reference \['3'\]: .*one text"):
+        loaded(tmp_path, ["3"], "boxed", RewardConfig(grader="number"))
+    assert loaded(tmp_path, ["3"], "number", RewardConfig(grader="boxed"))
+    for bonus in ("number", "chain"):
+        with pytest.raises(BadInput, match=f"line 3: the grader '{bonus}' cannot read"):
+            loaded(tmp_path, ["3"], "boxed", RewardConfig(bonus={bonus: 0.5}))
+
+
+OLYMPIAD = {"question": "Q", "final_answer": ["3"], "is_multiple_answer": False, "error": None, "unit": None}
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        ("math500", {"problem": "Q", "answer": ["3", "5"]}),
+        ("math500", {"problem": "Q", "expected_answer": NAN}),
+        ("aime", {"question": "Q", "answer": NAN}),
+        ("aime", {"question": "Q", "answer": "inf"}),
+        ("olympiadbench", OLYMPIAD | {"final_answer": "35"}),
+        ("olympiadbench", OLYMPIAD | {"final_answer": []}),
+        ("olympiadbench", OLYMPIAD | {"error": "nan"}),
+        ("eurus", READ["eurus"][0][0] | {"reward_model": {"ground_truth": ["3"]}}),
+    ],
+)  # fmt: skip
+def test_kind_13_published_shapes_too(shape, row, tmp_path, any_machine):
+    path = jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 1[ :][^\n]*$"):
+        problems = tasks.datasets.read_problems(shape, path)
+        data.check_references(problems, Grader())
+
+
+def test_kind_13_made_problems_have_references_that_can_be_read(any_machine):
+    for source in ("chain", "print"):
+        load_problems(DataConfig(source, train_size=50, held_out_size=10), 0, Grader())
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\u2028\u2029"], ids=ascii)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_kind_24_lines_of_json_end_at_line_feeds_alone(separator, name, tmp_path):
+    texts = [f"How{separator}much is {i}?" for i in range(3)]
+    lines = [json.dumps({"prompt": text, "reference": "8"}, ensure_ascii=False) for text in texts]
+    assert all(separator in line for line in lines)
+    for ends in ("\n", "\r\n", "\n\n"):
+        (tmp_path / name).write_text(ends.join(lines) + ends, encoding="utf-8", newline="")
+        assert [p.prompt for p in tasks.datasets.read_problems("file", str(tmp_path / name))] == texts
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a\nb", "reference": "8"}', '{"prompt": "a"\n"reference": "8"}', "a\n"])
+def test_kind_24_what_is_no_json_is_refused_as_before(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(BadInput, match=r"rows\.json[^\n]*$"):
+        tasks.datasets.read_problems("file", str(tmp_path / "rows.json"))

@@ -83,6 +83,69 @@ def test_livecodebench_functions_are_called_by_the_name_in_the_metadata(box, tmp
     assert score(problem, "class Solution:\n    def weigh(self, xs, k):\n        return sum(xs) + k") == 1.0
 
 
+def lcb_function(starter: str, given: str, expected: str, tmp_path):
+    case = [{"input": given, "output": expected, "testtype": "functional"}]
+    name = re.search(r"def (\w+)\(self", starter)[1]
+    more = {"public_test_cases": json.dumps(case), "metadata": json.dumps({"func_name": name})}
+    row = lcb_row("[]", starter_code=starter, **more)
+    return read_problems("livecodebench", jsonl(tmp_path / "lcb.jsonl", [row]))[0]
+
+
+def eurus_function(program_tests: dict, tmp_path):
+    truth = json.dumps(program_tests)
+    row = {"ability": "code", "prompt": [{"role": "user", "content": "Q"}], "reward_model": {"ground_truth": truth}}
+    return read_problems("eurus", jsonl(tmp_path / "eurus.jsonl", [row]))[0]
+
+
+STARTER = "class Solution:\n    def f(self, xs: List[str], start: Optional[int] = None) -> Dict[str, int]:\n        "
+DEPTH = "class Solution:\n    def f(self, n: int) -> int:\n        "
+
+
+@pytest.mark.parametrize(
+    ("starter", "body", "given", "expected"),
+    [
+        (STARTER, "return dict(Counter(xs))", '["a", "b", "a"]', '{"a": 2, "b": 1}'),
+        (STARTER, "d = defaultdict(int)\n        d['a'] += len(xs)\n        return d", '["a", "b"]', '{"a": 2}'),
+        (STARTER, "return {xs[0]: math.gcd(12, 18) + pow(2, 5, 7) + heapq.heappop([5, 7])}", '["a"]', '{"a": 15}'),
+        (STARTER, "return {k: len(list(g)) for k, g in groupby(xs)}", '["a", "a"]', '{"a": 2}'),
+        (DEPTH, "return 0 if n == 0 else 1 + self.f(n - 1)", "45000", "45000"),
+        (
+            DEPTH,
+            "@cache\n        def g(i):\n            return i and 1 + g(i - 1)\n        return g(n)",
+            "20000",
+            "20000",
+        ),
+        # Names of the usual imports are the program's own all the same
+        (DEPTH.replace("f(", "search("), "return n + bisect_left([1, 2], 2)", "1", "2"),
+        (DEPTH.replace("f(", "permutations("), "return len(list(permutations(range(n))))", "4", "24"),
+    ],
+)
+def test_kind_15_functions_find_the_usual_imports_and_room_for_deep_recursion(
+    starter, body, given, expected, box, tmp_path
+):
+    problem = lcb_function(starter, given, expected, tmp_path)
+    assert score(problem, starter + body) == 1.0
+    assert score(problem, f"from __future__ import annotations\n{starter}{body}") == 1.0
+    assert score(problem, starter + "return None") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("program", "right"),
+    [
+        ("def count(xs: List[int]) -> int:\n    return len(deque(xs))", 1.0),
+        ("def count(xs):\n    return reduce(lambda a, b: a + 1, xs, 0)", 1.0),
+        ("from math import *\ndef count(xs):\n    return int(sqrt(len(xs) ** 2))", 1.0),
+        ("Counter = len\ndef count(xs):\n    return Counter(xs)", 1.0),  # its own name wins
+        ("def other(xs):\n    return len(xs)", 0.0),  # itertools.count is none of it
+        ("def count(xs):\n    return no_such_name(xs)", 0.0),
+        ("def count(xs):\n    return count(xs)", 0.0),  # endless
+    ],
+)
+def test_kind_15_functions_of_eurus_have_them_too(program, right, box, tmp_path):
+    problem = eurus_function({"fn_name": "count", "inputs": ["[3, 4]"], "outputs": ["2"]}, tmp_path)
+    assert score(problem, program) == right
+
+
 class Opens:
     def __init__(self, file):
         self.file = str(file)

@@ -183,6 +183,17 @@ def test_a_broken_run_is_named_with_file_and_line_and_the_rest_are_reported(tmp_
     assert f"{tmp_path}/odd/config.yaml: " in words and "Traceback" not in words
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_kind_24_a_line_separator_inside_a_metric_is_no_end_of_its_row(separator, tmp_path):
+    file = made(tmp_path / "run", lambda t: 0.5) / "metrics.jsonl"
+    rows = [json.loads(line) | {"note": f"a{separator}b"} for line in file.read_text().split("\n")[:-1]]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert report.read_rows(file) == (rows, "")
+    with file.open("a") as out:
+        out.write('{"step": 11, "entr')  # is being written
+    assert report.read_rows(file) == (rows, "")
+
+
 def test_a_method_whose_runs_all_broke_off_still_has_a_row(tmp_path):
     made(tmp_path / "a", lambda t: 0.5)
     made(tmp_path / "b", lambda t: 0.5, advantage="spro", rows=3)

@@ -95,6 +95,28 @@ def test_a_malformed_line_is_a_fault_and_not_a_wrong_answer(what):
     assert [json.loads(line)["score"] for line in out.splitlines()] == [1.0, None, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("grader", "good", "bad"),
+    [
+        (
+            "number",
+            ["7", 7, {"answer": "7"}],
+            [["7"], {"answer": ["7"]}, float("nan"), None, {"answer": {"7": 7}}, "$$"],
+        ),
+        ("math", ["7", 7.0, {"answer": 7}], [["7"], {"answer": ["7"]}, float("inf"), {"answer": "7", "unit": []}]),
+        ("chain", ["7", 7], [["7"], {"answer": "7"}, float("nan"), 7.0, True]),
+        ("boxed", ["7", ["7"], None], []),
+    ],
+)
+def test_kind_13_a_reference_that_the_grader_cannot_read_is_a_fault_and_not_a_wrong_answer(grader, good, bad):
+    if grader == "math":
+        pytest.importorskip("math_verify")
+    rows = [{"text": r"\boxed{7} or #7", "reference": reference} for reference in good + bad]
+    code, out, err = script(grader, stdin="".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert code == 0, err.splitlines()[-1]
+    assert [json.loads(line)["score"] for line in out.splitlines()] == [1.0] * len(good) + [None] * len(bad)
+
+
 @pytest.mark.parametrize("arguments", [[], ["nobody"], ["chain", "chain"]], ids=str)
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments):
     code, out, err = script(*arguments)

@@ -152,6 +152,18 @@ def test_a_mistake_in_the_config_is_refused_in_one_line(arguments, words):
     assert words in refusal(config_of, *arguments)
 
 
+@pytest.mark.parametrize("buffer, limit", [(65, 64), (512, 64), (4096, 3072)])
+def test_kind_20_an_overlong_buffer_above_the_limit_is_refused_in_one_line(buffer, limit):
+    words = refusal(config_of, f"reward.overlong_buffer={buffer}", f"sample.max_new_tokens={limit}")
+    assert f"reward.overlong_buffer={buffer} > sample.max_new_tokens={limit}" in words
+
+
+@pytest.mark.parametrize("buffer, limit", [(0, 64), (63, 64), (64, 64), (512, 4096)])
+def test_kind_20_an_overlong_buffer_within_the_limit_is_taken(buffer, limit):
+    config = config_of(f"reward.overlong_buffer={buffer}", f"sample.max_new_tokens={limit}")
+    assert (config.reward.overlong_buffer, config.sample.max_new_tokens) == (buffer, limit)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -495,6 +507,14 @@ def test_the_config_of_a_run_says_what_made_it(tmp_path, monkeypatch):
     text = (opened(tmp_path / "run") / "config.yaml").read_text()
     for words in ("# command: ", "# commit: unknown", f"# torch: {torch.__version__}", "# transformers: "):
         assert words in text
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_kind_24_metrics_with_a_line_separator_inside_are_kept(separator, tmp_path):
+    rows = [{"step": step, "note": f"a{separator}b"} for step in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert infra.run_folder.keep_metrics_through(tmp_path, 1) == rows[:2]
 
 
 def test_metrics_are_cut_back_to_a_step_and_a_half_written_line_is_dropped(tmp_path):

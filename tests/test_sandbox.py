@@ -767,7 +767,6 @@ def test_leetcode_solutions_get_what_they_deserve(title):
         ("a\n```python\nb\nc\n```\nd", "b\nc"),
         ("```python\n```", ""),
         ("```python\na\n```\n```python\nb\n```", "b"),
-        ("```python\na\n```\nand\n```\nb\n```", "b"),
         ("```python\na\n```\nout:\n```text\nb\n```", "a"),
         ("```cpp\na\n```", None),
         ("```python\na\n```\n```python\nb", "a"),
@@ -797,8 +796,52 @@ def test_the_program_is_the_last_closed_python_block(text, program):
     assert extract_program(text) == program
 
 
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\na\n```\nprints\n```\n3\n```", "a"),
+        ("```py\na\n```\nIt is in\n```\nO(n log n)\n```", "a"),
+        ("```python3\na\n```\nRun it:\n```\npython main.py\n```\nand\n```bash\nls\n```", "a"),
+        ("```\nb\n```\n```python\na\n```\n```\n3\n```", "a"),
+        ("```python\na\n```\n```Python\nb\n```\n```\n3\n```", "b"),
+        ("```\na\n```\n```\nb\n```", "b"),  # no block is marked
+        ("```cpp\na\n```\n```\nb\n```", "b"),
+        ("```\na\n```\n```python\nb", "a"),  # the marked one was never closed
+    ],
+)
+def test_kind_16_marked_blocks_count_before_unmarked_ones(text, program):
+    assert extract_program(text) == program
+
+
+LONE = {
+    "in a string": 's = \'"""\'',
+    "in the other string": "s = \"'''\"",
+    "behind an escaped quote": "s = 'it\\'s \"\"\"'",
+    "in a comment": '# an odd """ here, and it\'s open',
+    "in a raw string": 's = re.split(r\'"""\', t)',
+    "in the other triple quotes": "s = '''a\n\"\"\"\n'''",
+    "escaped in triple quotes": 's = """a \\""" b"""',
+    "never closed": 's = """a',
+}
+
+
+@pytest.mark.parametrize("first", LONE)
+@pytest.mark.parametrize("last", [name for name in LONE if name != "never closed"])
+def test_kind_17_of_two_programs_with_lone_triple_quotes_the_last_counts(first, last):
+    text = f"A draft:\n```python\n{LONE[first]}\n```\nBetter:\n```python\n{LONE[last]}\nprint(1)\n```\nDone."
+    assert extract_program(text) == f"{LONE[last]}\nprint(1)"
+
+
+def test_kind_17_a_fence_inside_a_string_of_a_program_is_still_none():
+    for program in ('s = """\n```\nx\n```\n"""', "a = 'x'; s = '''it's\n```python\n'''", 'f("""\n```\n""", """b""")'):
+        assert extract_program(f"```python\n# it's one\n{program}\n```\n") == f"# it's one\n{program}"
+    assert extract_program('```text\nan odd """\n```\n```python\na\n```') == "a"  # no program has it
+
+
 def test_extraction_is_quick_whatever_the_text():
     start = time.monotonic()
+    for line in ('"\\' * 10**6, "'\"" * 10**6, "\"\"\"'''" * 10**5, "\\" * 10**6 + "'", '"""' + '\\"' * 10**6):
+        extract_program(f"```python\n{line}\n```")
     extract_program("`" * 10**6)
     extract_program("```\n" * 10**5 + '"' * 10**6)
     extract_program("```python\n" + "'''\n" * 10**5)

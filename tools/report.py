@@ -72,7 +72,7 @@ def read_rows(file: Path) -> tuple[list[dict], str]:
     """(rows, fault) of a metrics.jsonl. A last line that is still being written is left out; it is no fault."""
     rows: list[dict] = []
     text = file.read_text(errors="replace") if file.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
         except ValueError:

@@ -36,7 +36,7 @@ def finished(config: Config) -> bool:
     """Whether the run has all its steps and its model. One made with another config has not: train.py refuses it."""
     folder = Path(config.run_dir)
     try:
-        steps = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        steps = json.loads((folder / "metrics.jsonl").read_text().strip().split("\n")[-1])["step"]
         changed = changes(yaml.safe_load((folder / "config.yaml").read_text()), config)
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
         return False
