@@ -465,9 +465,8 @@ def main() -> None:
     generation = sample.generation_settings(policy, config.sample).to_diff_dict()
     generation.pop("transformers_version", None)
     policy.device = device
-    processes.print0(
-        console.describe(config, policy, train_set[0], len(eval_set[0]), grader, generation)
-    )
+    described = console.describe(config, policy, train_set[0], len(eval_set[0]), grader, generation)
+    processes.print0(described)
     if config.dry_run:
         layers = sharding.decoder_layers(policy)
         logits = policy.fast.LOGITS_AT_ONCE if policy.fast else math.inf

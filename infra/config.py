@@ -137,14 +137,15 @@ def help_lines(cls) -> list[str]:
 
 def nearest_key(key: str, known: list[str]) -> str:
     """The known key that was most likely meant: by its last name, its initials (lr), its block
-    and its spelling.
+    and its spelling; of two as likely, train's.
     """
 
-    def likeness(candidate: str) -> float:
+    def likeness(candidate: str) -> tuple[float, bool]:
         (*block, name), (*other_block, other) = key.split("."), candidate.split(".")
         initials = "".join(word[0] for word in other.split("_"))
         spelling = difflib.SequenceMatcher(None, name, other).ratio()
-        return max(spelling, 0.9 * (name == initials)) + 0.2 * (block == other_block)
+        alike = max(spelling, 0.9 * (name == initials)) + 0.2 * (block == other_block)
+        return alike, other_block == ["train"]
 
     return max([*known, *{k.split(".")[0] for k in known}], key=likeness)
 

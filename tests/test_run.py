@@ -102,6 +102,9 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
     [
         ("train.lerning_rate=1", "unknown key 'train.lerning_rate'; the nearest is 'train.learning_rate'"),
         ("beta=0.1", "unknown key 'beta'; the nearest is 'algorithm.beta'"),
+        ("lr=1", "unknown key 'lr'; the nearest is 'train.learning_rate'"),
+        ("learning_rate=1", "unknown key 'learning_rate'; the nearest is 'train.learning_rate'"),
+        ("prime.lr=1", "unknown key 'prime.lr'; the nearest is 'prime.learning_rate'"),
         ("modle.path=x", "unknown key 'modle"),
         ("algorithm.advantage.name=spro", "goes through something that is no block"),
         ("train.=1", "unknown key"),
