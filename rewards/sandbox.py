@@ -44,12 +44,12 @@ ENVIRONMENT = {  # all of it: nothing is inherited. Fixed hash seed: a program's
     **{"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LD_LIBRARY_PATH": "/python/lib"},
 }
-# What LiveCodeBench's own harness puts in front of a program, and the depth of calls that it allows.
+# What LiveCodeBench's own harness imports in front of a program (each module, and all of what is in it), and the depth
+# of calls that it allows.
 MODULES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "io", "sys", "json", "typing"),
 )
-USUAL_IMPORTS = "".join(f"from {module} import *\n" for module in MODULES) + f"import {', '.join(MODULES)}\n"
 RECURSION = 50_000
 COMPILE_ERROR, OUT_OF_MEMORY, NOT_STARTED = 201, 202, 203  # exit codes of a box
 INSTALL = "`apt-get install bubblewrap` (0.8 or newer; containers and Ubuntu: SECURITY.md), or allow unsafe execution"
@@ -88,10 +88,10 @@ def run_program(program: str, stdin: bytes, limits: Limits, unsafe: bool = False
 def run_function(program: str, entry: str, arguments: list, limits: Limits, unsafe: bool = False) -> Outcome:
     """Call `entry`, a function of `program` or a method of its class Solution, with `arguments`, plain data.
 
-    The program finds USUAL_IMPORTS made, for it is often the completion of a starter that needs them.
+    The program finds MODULES imported, for it is often the completion of a starter that needs them.
     """
     job = {"kind": "function", "source": program, "entry": entry, "arguments": json.dumps(arguments)}
-    job |= {"prelude": USUAL_IMPORTS, "recursion": RECURSION}
+    job |= {"modules": MODULES, "recursion": RECURSION}
     return _run(_Box(isolation(unsafe), limits, job))
 
 
@@ -483,10 +483,9 @@ def _function(job, namespace):
     import sys
 
     arguments, dumps, write = json.loads(job["arguments"]), json.dumps, os.write
-    usual: dict = {}
-    exec(job["prelude"], usual)
-    del usual["__builtins__"]
-    for name, value in usual.items():  # as builtins, for the program's own names and its first line stay its own
+    modules = {name: __import__(name) for name in job["modules"]}
+    usual = {name: vars(m)[name] for m in modules.values() for name in getattr(m, "__all__", vars(m)) if name[0] != "_"}
+    for name, value in (usual | modules).items():  # as builtins, for a program's own names and first line stay its own
         vars(builtins).setdefault(name, value)
     sys.setrecursionlimit(job["recursion"])
     _program(job, namespace)

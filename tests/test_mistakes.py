@@ -230,7 +230,7 @@ def test_more_processes_than_gpus_are_refused(words_of, monkeypatch):
 
 def test_a_grader_that_cannot_judge_the_rows_is_named(words_of, tmp_path):
     code, said = words_of("train", f"{' '.join(TINY)} model.path={{model}} run_dir={tmp_path} reward.grader=code")
-    assert code == infra.errors.EXIT_FAILED and "does reward.grader fit? fault in grader 'code'" in said
+    assert code == infra.errors.EXIT_BAD_INPUT and "the grader 'code' cannot read the reference" in said
 
 
 def test_a_folder_that_becomes_read_only_ends_a_run_with_one_line(words_of, tmp_path, monkeypatch):
