@@ -250,9 +250,7 @@ def require_known(ids: list[int], known_ids: int, tokenizer) -> None:
 
 
 def say_left_out(n: int, fitting: int, as_text: int, unsound: int, limit: int) -> None:
-    """What has become of `n` prompts, where not all are encoded as usual. BadInput where none is
-    left.
-    """
+    """What has become of `n` prompts, if not all are as usual. BadInput where none is left."""
     too_long = n - fitting - unsound
     unreadable = "hold control tokens that this tokenizer cannot read as text"
     if unsound == n:

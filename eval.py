@@ -132,8 +132,9 @@ def table_row(settings: dict, rows: list[dict]) -> str:
 
 
 def benchmark_prompts(args, grader: Grader, policy: Policy, config: dict, max_new_tokens: int):
-    """(problems, prompts) of --data, asked as the run asked its own unless flags say otherwise; and
-    the hash of all its problems.
+    """(problems, prompts, the hash of all problems) of --data.
+
+    They are asked as the run asked its own unless flags say otherwise.
     """
     own = config.get("data", {})
     system, chat = (
@@ -247,9 +248,7 @@ def benchmark_settings(args, is_run: bool, reward: RewardConfig, sampling: Sampl
 def save_responses(
     file: Path, chosen: range, done: int, batch, answers, verdicts, grader: Grader
 ) -> None:
-    """Append a line for every response to the `chosen` problems from the `done`-th on, on rank
-    0.
-    """
+    """Append a line per response to the `chosen` problems from the `done`-th on, on rank 0."""
     n = len(batch) // len(chosen)
     lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
     for place, ((problem, text), verdict) in enumerate(zip(answers, verdicts, strict=True)):

@@ -182,8 +182,9 @@ class Policy(torch.nn.Module):
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end a response: all that the model's configs and the tokenizer name, and the model
-    can write. Raises BadInput without any.
+    """Ids that end a response: all that the model's configs and the tokenizer name, if it has them.
+
+    Raises BadInput without any.
     """
     stops: set[int] = set()
     for ids in (
@@ -243,9 +244,8 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
         )
     if unknown := sorted(settings.keys() - known.keys() - {"model_type"}):
         raise BadInput(f"model.scratch: {settings['model_type']} has no {unknown[0]!r}")
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # initialisation is the one user of torch's global generator
+    # Initialisation is the one user of torch's global generator
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(seed, Draw.WEIGHTS).integers(2**31)))
         try:
             options = {"dtype": torch.float32, "attn_implementation": config.attention}
@@ -375,9 +375,8 @@ def token_log_probs(
     """
     inputs = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
     states = None
-    if (
-        reference is not None
-    ):  # sharded, its head stays gathered after this pass, for the backward pass to use
+    if reference is not None:
+        # Sharded, its head stays gathered after this pass, for the backward pass to use
         with torch.no_grad():
             states = reference.states_for_kl(*inputs)
     return policy.token_log_probs(*inputs, temperature, states)

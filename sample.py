@@ -246,10 +246,10 @@ def open_run(path: str) -> tuple[Policy, dict]:
     choose_threads(policy.num_parameters())
     policy.device = device
     policy = policy.to(device)
-    for parameter in (
-        policy.parameters() if device.type == "cuda" else ()
-    ):  # not buffers: rotary tables stay fp32
-        parameter.data = parameter.data.to(getattr(torch, settings.dtype))
+    if device.type == "cuda":
+        dtype = getattr(torch, settings.dtype)
+        for parameter in policy.parameters():  # not buffers: rotary tables stay fp32
+            parameter.data = parameter.data.to(dtype)
     return policy, config
 
 

@@ -1,6 +1,7 @@
-"""Whether the fast log-probs are those of a model's own logits: they take for these the head over
-the states of the base model, and some models scale or cap what the head gives, or feed it
-something else.
+"""Whether the fast log-probs are those of a model's own logits.
+
+They take the head over the states of the base model for these. Some models scale or cap what the
+head gives, or feed it something else.
 """
 
 import torch

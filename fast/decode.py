@@ -8,9 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fast.shared_prompts import cache_is_divisible
 
-COMPACT_AT = (
-    0.75  # rows that have stopped leave the batch when no more than this part of it goes on
-)
+COMPACT_AT = 0.75  # rows that have stopped leave the batch once this part of it or less goes on
 ROOM = 64  # tokens that keys and values get room for ahead of time
 
 

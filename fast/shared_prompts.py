@@ -13,9 +13,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache
-PASSES = (
-    4  # in which the responses of a micro-batch run, by length: fewer pad more, more start more
-)
+# In which the responses of a micro-batch run, by length: fewer pad more, more start more
+PASSES = 4
 
 
 def shares_prompts(policy) -> bool:

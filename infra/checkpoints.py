@@ -32,8 +32,9 @@ def distributed_or_not():
 
 
 def kept_buffers(model) -> dict[str, torch.Tensor]:
-    """The buffers that belong to what a model has learned, by name, such as the bias of a router
-    of experts; what can be made anew (rotary tables) is not among them.
+    """The buffers that a model has learned, by name, such as the bias of a router of experts.
+
+    What can be made anew (rotary tables) is not among them.
     """
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}

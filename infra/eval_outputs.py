@@ -14,9 +14,7 @@ from infra.run_folder import take_lock
 def read_outputs(file: Path) -> tuple[dict, list[dict]]:
     """(settings, rows) of saved outputs; a last line that was cut short is left out."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # behind the last line end: what was cut short
+        *lines, _cut_short = file.read_text(encoding="utf-8").split("\n")
         first, *rows = [json.loads(line) for line in lines]
         return first["settings"], rows
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,9 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-OLDEST = {
-    "torch": "2.11"
-}  # where the code runs with an older version than the one that requirements.txt pins
+# Where the code runs with an older version than the one that requirements.txt pins
+OLDEST = {"torch": "2.11"}
 
 
 def numbers(version):

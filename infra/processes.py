@@ -60,9 +60,8 @@ def command_line(main, config_class=None) -> None:
             "resume=true)",
             EXIT_FAILED,
         )
-    if (
-        dist.is_initialized()
-    ):  # only at a good end: after a failure on one rank the others may never come to it
+    # Only at a good end: after a failure on one rank the others may never come to it
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -183,9 +182,8 @@ def catch_signals() -> None:
     """
 
     def note(number, _frame):
-        if (
-            _signals and time.monotonic() - _signals[0] > 2
-        ):  # torchrun passes on what the terminal has sent already
+        # Within 2 s it is torchrun, which passes on what the terminal has sent already
+        if _signals and time.monotonic() - _signals[0] > 2:
             os._exit(128 + number)
         _signals.append(time.monotonic())
         if rank() == 0:  # not print: the signal may have come in the middle of one

@@ -32,8 +32,7 @@ def shard_size(settings) -> int:
     if split * settings.replicate != world_size():
         raise BadInput(
             f"model.shard={settings.shard} x model.replicate={settings.replicate} does not make "
-            "the "
-            f"{world_size()} ranks of this run"
+            f"the {world_size()} ranks of this run"
         )
     return split
 
@@ -48,9 +47,8 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     """
     policy.device = device
     if settings.gradient_checkpointing:
-        with (
-            warnings.catch_warnings()
-        ):  # the name is deprecated in the newest transformers, its successor not in older
+        # The name is deprecated in the newest transformers; its successor is not in older ones
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.recomputes = True

@@ -19,8 +19,7 @@ SOURCES = {
     "reasoning_gym": reasoning_gym_problems,
 }
 SOURCES |= dict.fromkeys(ROWS, dataset_problems)
-# For the warm start of a new model: (prompt, noise or None) -> text, and the tokenizer of such
-# texts.
+# For the warm start of a new model: (prompt, noise or None) -> text, and such texts' tokenizer
 DEMONSTRATORS = {"chain": chain_solution, "print": print_solution}
 TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
 ASK_FOR_PROGRAM = (
@@ -30,12 +29,9 @@ ASK_FOR_PROGRAM = (
 ASK_FOR_BOX = (
     "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
-PROMPTS = {  # what stands around the question, where it is not ASK_FOR_BOX
-    **dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM),
-    **dict.fromkeys(
-        ("chain", "print", "file", "eurus", "eurus_math"), "{question}"
-    ),  # these say it themselves
-}
+# What stands around the question, where it is not ASK_FOR_BOX. The second kind says it itself.
+PROMPTS = dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM)
+PROMPTS |= dict.fromkeys(("chain", "print", "file", "eurus", "eurus_math"), "{question}")
 
 
 def demonstrator(config):

@@ -11,6 +11,8 @@ from typing import Any
 from infra.errors import BadInput
 from infra.rng import Draw, rng_for
 
+MADE = 20_000  # training problems that are made, unless data.train_size says otherwise
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,7 +24,8 @@ class Problem:
 
 
 def problems_hash(problems: list[Problem]) -> str:
-    """sha256 over what a run learns of its problems, in order: which ones they are, on any machine.
+    """sha256 over what a run learns of its problems, in their order; the same on any machine.
+
     Keys of a reference may come in any order.
     """
     write = json.JSONEncoder(sort_keys=True, default=str).encode
@@ -30,10 +33,6 @@ def problems_hash(problems: list[Problem]) -> str:
     for p in problems:
         digest.update(write([p.prompt, p.system, p.grader, p.reference]).encode() + b"\n")
     return digest.hexdigest()
-
-
-# Training problems that chain and reasoning_gym make unless data.train_size says otherwise
-MADE = 20_000
 
 
 def made_problems(draw, config, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -52,9 +51,8 @@ def made_problems(draw, config, seed: int) -> tuple[list[Problem], list[Problem]
             return list(found[False].values()), list(found[True].values())
     raise BadInput(
         f"data.train_size={wanted[False]}, data.held_out_size={wanted[True]}: there are not that "
-        "many different "
-        f"{config.source} problems of {config.min_steps} to {config.max_steps} steps; ask for "
-        "fewer, or for longer ones"
+        f"many different {config.source} problems of {config.min_steps} to {config.max_steps} "
+        "steps; ask for fewer, or for longer ones"
     )
 
 
@@ -76,7 +74,6 @@ def split_problems(
     if not train:
         raise BadInput(
             f"data: none of {len(problems)} problems is left to train on beside those held out: "
-            "lower "
-            f"data.held_out_size={config.held_out_size}, or set data.held_out_path"
+            f"lower data.held_out_size={config.held_out_size}, or set data.held_out_path"
         )
     return train[: config.train_size or None], held_out

@@ -8,10 +8,10 @@ from tasks.problem import Problem
 
 
 def prompt_text(problem: Problem, tokenizer, chat_template: bool) -> str:
-    """What the model continues: with `chat_template` the chat up to where its turn begins, else the
-    plain text.
+    """What the model continues.
 
-    A system prompt goes in front of the prompt where there is no template, or where the template
+    With `chat_template` it is the chat up to where the model's turn begins, else the plain text. A
+    system prompt goes in front of the prompt where there is no template, or where the template
     has no system's turn.
     """
     together = f"{problem.system}\n\n{problem.prompt}" if problem.system else problem.prompt
@@ -31,8 +31,9 @@ def prompt_text(problem: Problem, tokenizer, chat_template: bool) -> str:
 
 
 class ControlTokens:
-    """The tokens of a tokenizer that steer: they end turns, responses and texts. In a problem's
-    text they are text; only a chat template and the tokenizer itself may write them.
+    """The tokens of a tokenizer that steer: they end turns, responses and texts.
+
+    In a problem's text they are text; only a chat template and the tokenizer itself may write them.
     """
 
     def __init__(self, tokenizer, chat_template: bool):
@@ -58,8 +59,8 @@ class ControlTokens:
         return any(text in together for text in self.texts)
 
     def ids_as_text(self, problem: Problem) -> list[int] | None:
-        """Ids of a prompt whose text holds control tokens, which are ordinary text in it; None
-        where this tokenizer has no way to say so.
+        """Ids of a prompt whose text holds control tokens, read as ordinary text; None where this
+        tokenizer has no way to say so.
 
         A harmless text takes their place while the template is applied. What it wrote of them is
         then what there is, and all between is encoded as text. The ids of the harmless prompt must
