@@ -371,7 +371,7 @@ def test_saved_outputs_are_graded_again_without_a_model_and_the_differences_are_
     evaluated(tmp_path / "out.jsonl")
     rows = read(tmp_path / "out.jsonl")[1:]
     monkeypatch.setattr(eval_module, "open_run", None)
-    for grader, differing in (("odd_length", []), ("chain", [row for row in rows if row["score"]])):
+    for grader, differing in (("odd_length", []), ("boxed", [row for row in rows if row["score"]])):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--regrade", str(tmp_path / "out.jsonl"), "--grader", grader])
         eval_module.main()
         *listed, summary, _, _, cells = capsys.readouterr().out.splitlines()
@@ -379,7 +379,7 @@ def test_saved_outputs_are_graded_again_without_a_model_and_the_differences_are_
             f"problem {row['problem']}, sample {row['sample']}" for row in differing
         ]
         assert summary.startswith(f"{len(differing)} of 27 verdicts differ") and "| file, n = 9 |" in cells
-    assert "| 0.000 (0.000 to" in cells  # no text ends in "#" and a digit
+    assert "| 0.000 (0.000 to" in cells  # no text holds a box
 
 
 @pytest.mark.parametrize("flags", [

@@ -319,7 +319,7 @@ def test_a_name_that_is_no_file_is_a_dataset_of_the_hub_with_its_split(tmp_path,
 
 
 def numbered(file, numbers) -> str:
-    return jsonl(file, [{"prompt": f"What is {i}?", "reference": str(i), "grader": "chain"} for i in numbers])
+    return jsonl(file, [{"prompt": f"What is {i}?", "reference": str(i), "grader": "number"} for i in numbers])
 
 
 def numbers(problems) -> list[int]:
@@ -556,7 +556,7 @@ UNREADABLE = {
         *({"answer": "7", "tolerance": "0.1"}, {"answer": "7", "tolerance": NAN}, {"answer": "7", "unit": 3}),
         *({"answer": "7", "tolerance": -1}, {"answer": "7", "literal": False}),
     ],
-    "chain": [["3"], {"answer": "3"}, NAN, True, 3.0],
+    "chain": ["12", "-1", "x", "", ["3"], {"answer": "3"}, NAN, True, 3.0],
     "reasoning_gym": ["7", {}, {"answer": "7"}, ["7"], 7],
     "code": [
         *("7", 7, "no JSON", [], {}, {"inputs": []}, {"inputs": ["1"], "outputs": []}, {"inputs": [1], "outputs": [2]}),
@@ -571,21 +571,8 @@ UNREADABLE = {
 UNREADABLE["number"] = UNREADABLE["math"]
 READABLE = {
     "math": [
-        *(
-            "7",
-            7,
-            7.5,
-            -1e16,
-            "x+1",
-            r"\infty",
-            r"\emptyset",
-            "∅",
-            r"\{\}",
-            r"\text{Monday}",
-            "(A)",
-            "#### 7",
-            r"\boxed{\pi}",
-        ),
+        *("7", 7, 7.5, -1e16, "x+1", r"\infty", r"\emptyset", "∅", r"\{\}"),
+        *(r"\text{Monday}", "(A)", "#### 7", r"\boxed{\pi}"),
         *({"answer": "3, 5", "multiple": True}, {"answer": 4.2, "tolerance": 0.1, "unit": "%"}, "é", "日"),
         {"answer": "7", "tolerance": None, "unit": None, "multiple": False},
     ],

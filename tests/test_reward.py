@@ -65,7 +65,7 @@ def script(*arguments, stdin: bytes = b""):
 
 def test_the_script_writes_one_verdict_per_line_in_order():
     rows = [{"text": f"#{i % 7}", "reference": str(i % 5)} for i in range(40)]
-    rows += [{"text": "#8", "reference": "\ud800"}, {"text": "\u2028é#8", "reference": "8"}]  # half a surrogate pair
+    rows += [{"text": "\ud800#8", "reference": "9"}, {"text": "\u2028é#8", "reference": "8"}]  # half a surrogate pair
     code, out, err = script("chain", stdin="".join(json.dumps(row) + "\n" for row in rows).encode())
     assert code == 0, err.splitlines()[-1]
     verdicts = [json.loads(line) for line in out.splitlines()]

@@ -987,7 +987,7 @@ def test_kind_23_a_run_goes_on_with_the_problems_that_it_began_with_alone(warm, 
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert set(json.loads((checkpoint / "state.json").read_text())["problems"]) == {"training", "held-out"}
 
-    wrong, fewer = [rows[0] | {"reference": "?"}, *rows[1:]], rows[1:]
+    wrong, fewer = [rows[0] | {"reference": "1"}, *rows[1:]], rows[1:]
     asked = [held_out[0] | {"prompt": "9b-1?"}, *held_out[1:]]
     changes = [("training", wrong, held_out), ("training", fewer, held_out), ("held-out", rows, asked)]
     changes += [("training and held-out", wrong, asked)]
