@@ -265,9 +265,13 @@ def test_the_readmes_grader_and_dataset_work_as_they_stand(tmp_path, monkeypatch
     assert rewards.Grader().grade_one("number", r"\boxed{2}", problem.reference).score == 1.0
 
 
-@pytest.mark.parametrize("script", ["sample.py", "eval.py", "-m tools.sweep", "-m tools.report", "-m tools.inspector"])
-def test_scripts_explain_themselves(script):
-    done = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout
-    if script.startswith("-m"):
-        assert f"usage: python {script}" in done.stdout.replace("usage: -m", "usage: python -m")
+def test_scripts_explain_themselves():
+    scripts = ["sample.py", "eval.py", "-m tools.sweep", "-m tools.report", "-m tools.inspector"]
+    commands = [[sys.executable, *script.split(), "--help"] for script in scripts]
+    # At the same time, for each takes seconds to import what it needs
+    asked = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
+    for script, process in zip(scripts, asked, strict=True):
+        said, _ = process.communicate()
+        assert process.returncode == 0 and "usage" in said, script
+        if script.startswith("-m"):
+            assert f"usage: python {script}" in said.replace("usage: -m", "usage: python -m")

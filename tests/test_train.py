@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def launch(*arguments, timeout=300):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
+def launch_together(*runs) -> list:
+    """One `launch` for the arguments of each run, at the same time; all of them must end well."""
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda arguments: launch(*arguments), runs))
+    assert [done.returncode for done in ended] == [0] * len(runs), [done.stderr for done in ended]
+    return ended
+
+
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
@@ -54,9 +63,10 @@ def metrics(folder):
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
+    """(folder, output) of a run; beside it, in `again`, stands another one of the same command."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    done = launch(ROOT / "configs" / "tiny.yaml", f"run_dir={folder}")
-    assert done.returncode == 0, done.stderr
+    folders = (folder, folder.with_name("again"))
+    done, _ = launch_together(*((ROOT / "configs" / "tiny.yaml", f"run_dir={made}") for made in folders))
     return folder, done.stdout
 
 
@@ -71,10 +81,9 @@ def test_a_run_leaves_one_row_per_step_its_samples_and_its_models(tiny_run):
     assert len((folder / "warm_start" / "metrics.jsonl").read_text().splitlines()) == 120
 
 
-def test_the_same_command_gives_the_same_metrics(tiny_run, tmp_path):
-    again = launch(ROOT / "configs" / "tiny.yaml", f"run_dir={tmp_path / 'again'}")
-    assert again.returncode == 0, again.stderr
-    assert metrics(tmp_path / "again") == metrics(tiny_run[0])
+def test_the_same_command_gives_the_same_metrics(tiny_run):
+    folder, _ = tiny_run
+    assert metrics(folder.with_name("again")) == metrics(folder)
 
 
 def test_ten_steps_follow_the_golden_curve(tiny_run):
@@ -171,9 +180,7 @@ def test_grpo_runs_without_a_reference_and_beta_0_gives_its_run_bitwise(tiny_run
     start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
     common = (ROOT / "configs" / "tiny.yaml", start, "train.steps=3", "eval.prompts=8")
     runs = {"grpo": "algorithm.advantage=grpo", "beta0": "algorithm.beta=0"}
-    for name, override in runs.items():
-        done = launch(*common, override, f"run_dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
+    launch_together(*((*common, override, f"run_dir={tmp_path / name}") for name, override in runs.items()))
     assert metrics(tmp_path / "grpo") == metrics(tmp_path / "beta0")
     assert not {"kl/ref", "advantage/step_abs"} & metrics(tmp_path / "grpo")[-1].keys()
     assert not (tmp_path / "grpo" / "warm_start").exists()
@@ -297,13 +304,10 @@ def test_compared_gradients_are_those_of_a_plain_sum_and_nothing_is_left_behind(
 
 def test_diagnosing_changes_nothing_but_its_own_metrics(tiny_run, tmp_path):
     start = f"model.path={tiny_run[0] / 'warm_start' / 'model'}"
-    runs, keys = {}, {"gradient/cosine", "gradient/norm_ratio"}
-    for every in (0, 2):
-        folder = tmp_path / str(every)
-        short = ("train.steps=4", "eval.prompts=8", f"train.diagnose_every={every}", f"run_dir={folder}")
-        done = launch(ROOT / "configs" / "tiny.yaml", start, *short)
-        assert done.returncode == 0, done.stderr
-        runs[every] = metrics(folder)
+    short = (ROOT / "configs" / "tiny.yaml", start, "train.steps=4", "eval.prompts=8")
+    often = (0, 2)
+    launch_together(*((*short, f"train.diagnose_every={every}", f"run_dir={tmp_path / str(every)}") for every in often))
+    runs, keys = {every: metrics(tmp_path / str(every)) for every in often}, {"gradient/cosine", "gradient/norm_ratio"}
     rows = [{key: value for key, value in row.items() if key not in keys} for row in runs[2]]
     assert rows == runs[0]
     assert [row["step"] for row in runs[2] if keys <= row.keys()] == [2, 4]
