@@ -832,6 +832,12 @@ def test_kind_17_of_two_programs_with_lone_triple_quotes_the_last_counts(first, 
     assert extract_program(text) == f"{LONE[last]}\nprint(1)"
 
 
+@pytest.mark.parametrize("line", [line for name, line in LONE.items() if name != "never closed"])
+def test_kind_17_a_lone_triple_quote_does_not_end_a_docstring_that_shows_a_block(line):
+    program = f'{line}\ndef f():\n    """Use:\n\n    ```\n    f()\n    ```\n    """\n    return 1'
+    assert extract_program(f"So:\n```python\n{program}\n```\nDone.") == program
+
+
 def test_kind_17_a_fence_inside_a_string_of_a_program_is_still_none():
     for program in ('s = """\n```\nx\n```\n"""', "a = 'x'; s = '''it's\n```python\n'''", 'f("""\n```\n""", """b""")'):
         assert extract_program(f"```python\n# it's one\n{program}\n```\n") == f"# it's one\n{program}"
