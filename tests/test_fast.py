@@ -9,14 +9,25 @@ import fast.shared_prompts
 import model as model_module
 import pytest
 import torch
+import train
 from data import micro_batch_rows
-from model import freeze, load, plain_log_probs_of_tokens, plain_states_for_kl, token_log_probs
+from infra import console
+from model import (
+    ModelConfig,
+    batch_log_probs,
+    build,
+    freeze,
+    load,
+    plain_log_probs_of_tokens,
+    plain_states_for_kl,
+    token_log_probs,
+)
 from sample import SampleConfig, sample
 from spro import Batch
 from tasks.chain import chain_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import LLAMA, PROMPTS, any_model, hf_model, keys, row_log_probs, rows_of, saved, tiny_model
+from helpers import LLAMA, PROMPTS, any_model, hf_model, keys, row_log_probs, rows_of, saved, slow_log_probs, tiny_model
 
 V = len(chain_tokenizer())
 kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
@@ -231,3 +242,70 @@ def test_a_model_whose_states_rows_cannot_share_is_sampled_plainly(monkeypatch):
 
 def test_the_core_takes_the_fast_path_where_there_is_one():
     assert model_module.fast is fast
+
+
+# --- models whose logits are not their head over their states -------------------------------------------------------
+
+TRANSFORMING = {
+    "granite": LLAMA | {"logits_scaling": 8.0},
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 1.0},
+    "recurrent_gemma": LLAMA | {"lru_width": 32, "num_hidden_layers": 3, "logits_soft_cap": 1.0},
+    "falcon_h1": LLAMA
+    | {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    | {"mamba_n_groups": 1, "mamba_d_state": 8},
+}
+PLAIN_TWINS = {
+    "granite": {"logits_scaling": 1.0},
+    "cohere": {"logit_scale": 1.0},
+    "gemma2": {"final_logit_softcapping": None},
+    "falcon_h1": {"lm_head_multiplier": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMING)
+def test_kind_27_a_model_that_transforms_its_logits_is_sampled_and_trained_by_those(kind, tmp_path):
+    policy = load(saved(hf_model(kind, **TRANSFORMING[kind]), tmp_path), attention="eager")
+    assert not policy.has_plain_head and policy.fast is None
+    prompts = [PROMPTS[1], PROMPTS[1][::-1]]  # of one length: padding is another matter for recurrent models
+    rollout = sample(policy, prompts, keys(2), SampleConfig(group_size=4, max_new_tokens=6))
+    log_probs, entropy = batch_log_probs(policy, rollout, 1.0, 10_000)
+    assert (log_probs - rollout.sampler_log_probs).abs().max() < 1e-4
+    for i, (prompt, response, *_) in enumerate(rows_of(rollout)):
+        expected, of_entropy = slow_log_probs(policy, prompt, response, 1.0)
+        torch.testing.assert_close(log_probs[i, : len(response)].double(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(entropy[i, : len(response)].double(), of_entropy, atol=1e-4, rtol=0)
+    reference = freeze(load(tmp_path, attention="eager"))
+    kl = token_log_probs(policy, rollout, 1.0, reference).kl
+    assert kl.abs().max() < 1e-6 and not reference.has_plain_head
+
+
+@pytest.mark.parametrize("kind", PLAIN_TWINS)
+def test_kind_27_the_same_model_without_its_knob_takes_the_fast_path(kind, tmp_path):
+    policy = load(saved(hf_model(kind, **TRANSFORMING[kind] | PLAIN_TWINS[kind]), tmp_path), attention="eager")
+    assert policy.has_plain_head and policy.fast is model_module.fast
+
+
+def test_kind_27_a_cap_is_seen_though_a_fresh_models_logits_are_far_below_it():
+    scratch = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "final_logit_softcapping": 30.0,
+    }
+    assert not build(ModelConfig(scratch=scratch, attention="eager"), chain_tokenizer(), 0).has_plain_head
+
+
+def test_kind_27_a_head_that_reads_something_else_is_seen():
+    model = tiny_model().model
+    model.lm_head.register_forward_pre_hook(lambda _, states: (2 * states[0],))
+    assert not model_module.Policy(model, chain_tokenizer()).has_plain_head
+
+
+def test_kind_27_the_start_of_a_run_names_the_path(tmp_path):
+    for kind, fields in (("granite", TRANSFORMING["granite"]), ("llama", LLAMA)):
+        policy = load(saved(hf_model(kind, **fields), tmp_path / kind))
+        config = train.Config()
+        said = console.describe(config, policy, [], 0, None, {})
+        assert ("log-probs by the plain path" in said) == (kind == "granite")
