@@ -145,18 +145,16 @@ def prm_step(
         logits = torch.where(part.mask, process_rewards, 0.0).sum(1)[: len(rows)]
         targets = verdicts[rows].to(logits)
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
-        (
-            loss * world_size()
-        ).backward()  # FSDP averages gradients over ranks, but ours are parts of one sum
+        # FSDP averages gradients over ranks, but ours are parts of one sum
+        (loss * world_size()).backward()
         sums.add(loss)
     grad_norm = clip_gradients(prm, MAX_GRAD_NORM)
-    if math.isfinite(grad_norm):
+    taken = math.isfinite(grad_norm)
+    if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics = sums.over_ranks() | {"grad_norm": grad_norm}
-    return all_reduce(log_probs), metrics if math.isfinite(
-        grad_norm
-    ) else {}  # a row is one rank's: the sum is exact
+    metrics = sums.over_ranks() | {"grad_norm": grad_norm} if taken else {}
+    return all_reduce(log_probs), metrics  # a row is one rank's: the sum is exact
 
 
 def score_and_learn(
