@@ -39,7 +39,9 @@ def provenance() -> dict[str, str]:
     except OSError:  # no git on this machine
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"command": " ".join(sys.argv), "commit": commit or "unknown", **packages}
+    # A line break in an argument would end the comment that this is written as
+    command = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sys.argv))
+    return {"command": command, "commit": commit or "unknown", **packages}
 
 
 def flush(path: Path) -> None:
@@ -52,7 +54,7 @@ def flush(path: Path) -> None:
 
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     os.replace(temporary, file)
 

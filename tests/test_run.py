@@ -512,6 +512,17 @@ def test_the_config_of_a_run_says_what_made_it(tmp_path, monkeypatch):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    "text", ["a\nalgorithm: 3", "a\nb", "a\r\nb", "a\x85b", "a\u2028seed: 1", "a\x01b", "é: #"], ids=ascii
+)
+def test_kind_21_a_run_is_read_back_whatever_text_its_command_held(text, tmp_path, monkeypatch):
+    prompt = f"{text}{{question}}"
+    monkeypatch.setattr(sys, "argv", ["train.py", f"data.prompt={prompt}"])
+    folder = opened(tmp_path / "run", f"data.prompt={prompt}")
+    assert infra.config.saved_config(folder)["data"]["prompt"] == prompt
+    opened(folder, f"data.prompt={prompt}", "resume=true")
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
 def test_kind_24_metrics_with_a_line_separator_inside_are_kept(separator, tmp_path):
     rows = [{"step": step, "note": f"a{separator}b"} for step in range(3)]
