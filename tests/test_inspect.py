@@ -68,7 +68,8 @@ def without(line: dict, key: str) -> dict:
 
 def run_of(folder, lines=LINES, step=3, **algorithm):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    config = {"sample": {"group_size": G}, "algorithm": {"advantage": "spro", "beta": BETA, **algorithm}}
+    config = {"run_dir": str(folder), "sample": {"group_size": G}}
+    config["algorithm"] = {"advantage": "spro", "beta": BETA, **algorithm}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "samples" / f"step_{step:06d}.jsonl").write_text(text)

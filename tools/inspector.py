@@ -25,9 +25,8 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-import yaml
 from baselines import advantage, outcome_term
-from infra.config import saved_block
+from infra.config import saved_block, saved_config
 from infra.dumps import SAMPLER, dump_key
 from infra.errors import BadInput, Parser
 from infra.processes import command_line
@@ -102,10 +101,10 @@ def show(args) -> None:
 
 def read_step(run: Path, step: int | None) -> tuple[dict, int, dict[int, list[dict]]]:
     """(config, step, lines of every group) of a dumped rollout, the newest by default. Raises BadInput."""
+    config = saved_config(run)
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
         G, _ = config["sample"]["group_size"], (config["algorithm"]["advantage"], config["algorithm"]["beta"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise BadInput(f"{run} is not a run folder: no config.yaml of a run there ({type(error).__name__})") from error
     files = {int(file.stem[5:]): file for file in (run / "samples").glob("step_*.jsonl") if file.stem[5:].isdecimal()}
     if not files:

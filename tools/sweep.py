@@ -22,8 +22,7 @@ import time
 import zlib
 from pathlib import Path
 
-import yaml
-from infra.config import changes, flat, keys_where, read_config, to_dict
+from infra.config import changes, flat, keys_where, read_config, saved_config, to_dict
 from infra.errors import EXIT_STOPPED, BadInput, Parser, RunStopped
 from infra.processes import command_line
 from tqdm import tqdm
@@ -37,8 +36,8 @@ def finished(config: Config) -> bool:
     folder = Path(config.run_dir)
     try:
         steps = json.loads((folder / "metrics.jsonl").read_text().strip().split("\n")[-1])["step"]
-        changed = changes(yaml.safe_load((folder / "config.yaml").read_text()), config)
-    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
+        changed = changes(saved_config(folder), config)
+    except (OSError, ValueError, LookupError, BadInput):
         return False
     return not changed and steps == config.train.steps and (folder / "model").exists()
 
