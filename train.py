@@ -32,6 +32,7 @@ import spro
 import tasks
 from baselines import diagnostics, line_steps, prime, supervised
 from baselines.prime import PrimeConfig
+from baselines.supervised import WarmStartConfig
 from data import DataConfig
 from eval import EvalConfig
 from infra import checkpoints, console, dumps, memory, metrics, processes, run_folder, sharding
@@ -52,7 +53,7 @@ LOWER = "lower train.learning_rate or algorithm.beta; metrics.jsonl shows the wa
 
 
 @dataclass
-class TrainConfig(Block):
+class TrainConfig(WarmStartConfig):  # and with it train.warm_start_*
     steps: int = knob(40, "RL steps: each samples, then learns from it", least=1, resume=True)
     prompts_per_step: int = knob(16, "prompts per step, each sampled group_size times", least=1)
     max_refills: int = knob(0, "further batches while fewer groups than that are kept", least=0)
@@ -89,12 +90,6 @@ class TrainConfig(Block):
     tensorboard: bool = setting(False, "metrics go to run_dir/tensorboard too")
     dump_every: int = setting(
         10, "steps between dumps to samples/; the first and last too", least=1
-    )
-    warm_start_clean_steps: int = knob(
-        1000, "from scratch: supervised steps on right, concise solutions", least=0, warm_start=True
-    )
-    warm_start_noisy_steps: int = knob(
-        250, "then on the noisy demonstrator's, at half the rate", least=0, warm_start=True
     )
 
     def __post_init__(self):
@@ -281,7 +276,7 @@ def train(
                         loss = loss + a.kl_coef * kl
                         stats["kl/loss"] = kl.detach()
                     if t.old_log_probs == "sampler":
-                        stats["sampler_gap"] = largest_gap(new.log_probs, micro)
+                        stats["sampler_gap"] = metrics.largest_gap(new.log_probs, micro)
                     (loss * processes.world_size()).backward()
                     sums.add(loss, stats)
                 if kl_reference is not None:
@@ -397,12 +392,6 @@ def kl_term(new: model.TokenLogProbs, micro: spro.Batch, estimator: str) -> torc
     return (micro.weights.to(kl.dtype) * kl).sum()
 
 
-def largest_gap(log_probs: torch.Tensor, micro: spro.Batch) -> torch.Tensor:
-    """Between the log-probs that stage 3 took from the sampler and the model's own."""
-    gaps = (log_probs.detach() - micro.log_probs).abs()
-    return torch.where(micro.mask, gaps, 0.0).max()
-
-
 def evaluate(
     config: Config, policy: model.Policy, eval_set, grader: rewards.Grader
 ) -> dict[str, float]:
@@ -481,9 +470,7 @@ def main() -> None:
     )
     trained = {"policy": (policy, model.make_optimizer(policy, config.train))}
     if config.needs_prm:
-        prm = model.load(supervised.start_path(config, folder), config.model.attention)
-        prm = sharding.shard(prm, config.model, device)
-        trained["prm"] = (prm, model.make_optimizer(prm, config.train, config.prime.learning_rate))
+        trained["prm"] = prime.load_prm(supervised.start_path(config, folder), config, device)
     problems = {"training": problems_hash(train_set[0]), "held-out": problems_hash(held_out_set[0])}
     state = checkpoints.resume(config.resume, folder, trained, start_hash, problems)
     if state["step"] >= config.train.steps and (folder / "model").exists():

@@ -21,8 +21,15 @@ from infra.config import Block, knob
 from infra.errors import RunStopped
 from infra.metrics import StepSums, timed
 from infra.processes import all_reduce, world_size
-from infra.sharding import clip_gradients
-from model import Policy, batch_log_probs, micro_batches, token_log_probs
+from infra.sharding import clip_gradients, shard
+from model import (
+    Policy,
+    batch_log_probs,
+    load,
+    make_optimizer,
+    micro_batches,
+    token_log_probs,
+)
 from spro import AlgorithmConfig, Batch, at_least_fp32, by_group, estimator, process_reward
 
 MAX_GRAD_NORM = 10.0  # of the PRM: the released training script's
@@ -116,6 +123,12 @@ def process_rewards_and_means(batch: Batch, beta: float) -> tuple[torch.Tensor, 
 
 
 # --- the PRM learns -------------------------------------------------------------------------------
+
+
+def load_prm(path, config, device: torch.device) -> tuple[Policy, torch.optim.Optimizer]:
+    """(PRM, its optimizer), sharded, from the model that policy and reference start from."""
+    prm = shard(load(path, config.model.attention), config.model, device)
+    return prm, make_optimizer(prm, config.train, config.prime.learning_rate)
 
 
 def ranking_accuracy(sums: torch.Tensor, verdicts: torch.Tensor, group_size: int) -> float | None:

@@ -3,7 +3,7 @@ than.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +11,7 @@ from tqdm import tqdm
 import model
 import tasks
 from data import prompt_index
+from infra.config import Block, knob
 from infra.errors import EXIT_STOPPED, RunStopped, enough_memory
 from infra.metrics import StepSums, check_refused
 from infra.processes import print0, rank, restart_watchdog, stop_requested, world_size
@@ -29,6 +30,18 @@ from spro import Batch, token_weights
 
 BATCH = 32  # demonstrations per step
 LEARNING_RATE = 4e-3
+
+
+@dataclass
+class WarmStartConfig(Block):
+    """The keys train.warm_start_*."""
+
+    warm_start_clean_steps: int = knob(
+        1000, "from scratch: supervised steps on right, concise solutions", least=0, warm_start=True
+    )
+    warm_start_noisy_steps: int = knob(
+        250, "then on the noisy demonstrator's, at half the rate", least=0, warm_start=True
+    )
 
 
 def supervised_step(policy: Policy, optimizer, batch: Batch, settings) -> dict[str, float]:

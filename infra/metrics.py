@@ -140,6 +140,12 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     return metrics | {"updates/taken": len(taken), "updates/refused": len(updates) - len(taken)}
 
 
+def largest_gap(log_probs: torch.Tensor, micro) -> torch.Tensor:
+    """Between the log-probs that a Batch holds and the model's own, where it has tokens."""
+    gaps = (log_probs.detach() - micro.log_probs).abs()
+    return torch.where(micro.mask, gaps, 0.0).max()
+
+
 def cost_metrics(batch, seconds: dict[str, float]) -> dict[str, float]:
     """What a step took: seconds by stage, tokens per second of the whole step, memory."""
     return {
