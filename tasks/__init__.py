@@ -2,8 +2,8 @@
 problems).
 
 To add a dataset, write its row in datasets.py and name it in ROWS. To add a made task, write a file
-like chain.py and name it in SOURCES; with a demonstrator and a tokenizer, a model from scratch can
-learn it.
+like chain.py and name it in SOURCES and DEMONSTRATORS; with a tokenizer too, a model from scratch
+can learn it.
 """
 
 from functools import partial
@@ -12,15 +12,18 @@ from tasks.chain import chain_problems, chain_solution, chain_tokenizer
 from tasks.datasets import ROWS, dataset_problems
 from tasks.gym import reasoning_gym_problems
 from tasks.print_sum import print_problems, print_solution, print_tokenizer
+from tasks.words import words_problems, words_solution
 
 SOURCES = {
     "chain": chain_problems,
     "print": print_problems,
+    "words": words_problems,
     "reasoning_gym": reasoning_gym_problems,
 }
 SOURCES |= dict.fromkeys(ROWS, dataset_problems)
-# For the warm start of a new model: (prompt, noise or None) -> text, and such texts' tokenizer
-DEMONSTRATORS = {"chain": chain_solution, "print": print_solution}
+# What a warm start learns from: (prompt, noise or None) -> text
+DEMONSTRATORS = {"chain": chain_solution, "print": print_solution, "words": words_solution}
+# Of the sources that a model from scratch can learn
 TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
 ASK_FOR_PROGRAM = (
     "{question}\n\n"
@@ -31,10 +34,15 @@ ASK_FOR_BOX = (
 )
 # What stands around the question, where it is not ASK_FOR_BOX. The second kind says it itself.
 PROMPTS = dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM)
-PROMPTS |= dict.fromkeys(("chain", "print", "file", "eurus", "eurus_math"), "{question}")
+PROMPTS |= dict.fromkeys(("chain", "print", "words", "file", "eurus", "eurus_math"), "{question}")
 
 
 def demonstrator(config):
-    """(prompt, noise or None) -> text, of the source's demonstrator with the config's settings."""
+    """(problem, noise or None) -> text: of the source's demonstrator with the config's settings,
+    or the solution that a dataset's row has.
+    """
+    if config.source not in DEMONSTRATORS:
+        return lambda problem, noise: problem.solution
     settings = {"repeat_slip": config.repeat_slip} if config.source == "chain" else {}
-    return partial(DEMONSTRATORS[config.source], **settings)
+    solve = partial(DEMONSTRATORS[config.source], **settings)
+    return lambda problem, noise: solve(problem.prompt, noise)
