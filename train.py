@@ -130,7 +130,7 @@ class Config(Block):
                 f"{t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses "
                 f"do not divide into mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
-        if not self.model.path and self.data.source not in tasks.DEMONSTRATORS:
+        if not self.model.path and self.data.source not in tasks.TOKENIZERS:
             source = self.data.source
             raise ValueError(
                 f"model.path is empty: a model from scratch cannot learn data.source={source!r}"
@@ -151,6 +151,11 @@ class Config(Block):
             raise ValueError(
                 f"algorithm.advantage={a.advantage} needs algorithm.beta above 0 to learn by"
             )
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether supervised learning comes before RL."""
+        return not self.model.path or self.train.warm_start == "always"
 
     @property
     def reads_reference(self) -> bool:
@@ -450,6 +455,7 @@ def main() -> None:
     limits = (longest, config.data.chat_template, policy.known_ids)
     train_set = data.encode_prompts(train_problems, policy.tokenizer, *limits)
     held_out_set = data.encode_prompts(held_out, policy.tokenizer, *limits)
+    taught = supervised.demonstrated(config, train_set, policy.tokenizer)
     eval_set = [part[: config.eval.prompts] for part in held_out_set]
     generation = sample.generation_settings(policy, config.sample).to_diff_dict()
     generation.pop("transformers_version", None)
@@ -465,9 +471,7 @@ def main() -> None:
     sharding.shard_size(config.model)  # before anything is written
     processes.catch_signals()
     folder = run_folder.open_run_folder(config)
-    policy, reference, start_hash = supervised.start_models(
-        config, folder, device, policy, train_set
-    )
+    policy, reference, start_hash = supervised.start_models(config, folder, device, policy, taught)
     trained = {"policy": (policy, model.make_optimizer(policy, config.train))}
     if config.needs_prm:
         trained["prm"] = prime.load_prm(supervised.start_path(config, folder), config, device)

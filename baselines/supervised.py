@@ -12,7 +12,7 @@ import model
 import tasks
 from data import prompt_index
 from infra.config import Block, knob
-from infra.errors import EXIT_STOPPED, RunStopped, enough_memory
+from infra.errors import EXIT_STOPPED, BadInput, RunStopped, enough_memory
 from infra.metrics import StepSums, check_refused
 from infra.processes import print0, rank, restart_watchdog, stop_requested, world_size
 from infra.rng import Draw, rng_for
@@ -28,19 +28,28 @@ from model import (
 )
 from spro import Batch, token_weights
 
-BATCH = 32  # demonstrations per step
-LEARNING_RATE = 4e-3
+LEARNING_RATES = {True: 4e-3, False: 1e-4}  # of one from scratch, and of a loaded one
 
 
 @dataclass
 class WarmStartConfig(Block):
-    """The keys train.warm_start_*."""
+    """The keys train.warm_start and train.warm_start_*."""
 
+    warm_start: str = knob(
+        "scratch",
+        "which models learn from solutions before RL: those from scratch, or always",
+        choices=("scratch", "always"),
+        warm_start=True,
+    )
     warm_start_clean_steps: int = knob(
-        1000, "from scratch: supervised steps on right, concise solutions", least=0, warm_start=True
+        1000, "of it: supervised steps on right solutions", least=0, warm_start=True
     )
     warm_start_noisy_steps: int = knob(
-        250, "then on the noisy demonstrator's, at half the rate", least=0, warm_start=True
+        250, "then on a noisy demonstrator's, at half the rate", least=0, warm_start=True
+    )
+    warm_start_batch_size: int = knob(32, "solutions per step of it", least=1, warm_start=True)
+    warm_start_learning_rate: float = knob(
+        0.0, "of it; 0: 4e-3 from scratch, 1e-4 for a loaded model", least=0, warm_start=True
     )
 
 
@@ -66,23 +75,55 @@ def supervised_step(policy: Policy, optimizer, batch: Batch, settings) -> dict[s
     return sums.over_ranks() | {"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}
 
 
+def demonstrated(config, train_set, tokenizer) -> tuple[list, list]:
+    """The problems of a train set that a warm start can learn from, and their prompts.
+
+    All of a made task, whose demonstrator solves any; of a dataset those whose solution a response
+    has room for. Raises BadInput where there is none, or no noisy demonstrator where one is wanted.
+    """
+    problems, prompts = train_set
+    source = config.data.source
+    if source in tasks.DEMONSTRATORS or not config.warms_up:
+        return problems, prompts
+    if config.train.warm_start_noisy_steps:
+        raise BadInput(
+            f"train.warm_start_noisy_steps={config.train.warm_start_noisy_steps}: set it to 0, for "
+            f"data.source={source} has no noisy demonstrator "
+            f"({', '.join(tasks.DEMONSTRATORS)} have)"
+        )
+    solved = [i for i, problem in enumerate(problems) if problem.solution]
+    room = config.sample.max_new_tokens - 1  # one is the token that ends a response
+    texts = [problems[i].solution for i in solved]
+    lengths = map(len, tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+    fitting = [i for i, length in zip(solved, lengths, strict=True) if length <= room]
+    counts = (
+        f"{len(fitting)} of {len(problems)} problems of data.source={source} have a solution of at "
+        f"most sample.max_new_tokens={room + 1} tokens"
+    )
+    if not fitting:
+        raise BadInput(f"train.warm_start={config.train.warm_start}: {counts}")
+    print0(f"warm start: {counts}")
+    return [problems[i] for i in fitting], [prompts[i] for i in fitting]
+
+
 @enough_memory("warm_start")
-def warm_start(config, policy: Policy, train_set, folder: Path) -> None:
-    """Teach a new model the task from demonstrations: right and concise ones first, then the noisy
+def warm_start(config, policy: Policy, taught, folder: Path) -> None:
+    """Teach a model the task from demonstrations: right and concise ones first, then the noisy
     demonstrator's.
 
     The two stages matter: on noisy traces alone a small model learns the format but not, reliably,
     the arithmetic. Writes metrics.jsonl and model/ to `folder`; another run can start from there
-    with model.path=FOLDER/model.
+    with model.path=FOLDER/model. `taught`: what `demonstrated` gave.
     """
-    fresh_folder(folder)
     t = config.train
-    problems, prompts = train_set
+    problems, prompts = taught
+    fresh_folder(folder)
     optimizer = make_optimizer(policy, t)
     demonstrate = tasks.demonstrator(config.data)
     state = {"refused_in_a_row": 0}
     position = 0
     clean, noisy = t.warm_start_clean_steps, t.warm_start_noisy_steps
+    base = t.warm_start_learning_rate or LEARNING_RATES[not config.model.path]
     print0(f"warm start: {clean} supervised steps on right solutions, {noisy} noisy")
     for stage, steps, scale in (("clean", clean, 1.0), ("noisy", noisy, 0.5)):
         bar = tqdm(
@@ -90,25 +131,24 @@ def warm_start(config, policy: Policy, train_set, folder: Path) -> None:
         )
         for step in bar:
             restart_watchdog(t.timeout_minutes)
-            positions = range(position, position + BATCH)
-            position += BATCH
+            positions = range(position, position + t.warm_start_batch_size)
+            position += t.warm_start_batch_size
             chosen = [prompt_index(p, len(problems), config.seed) for p in positions]
             noise = [
                 rng_for(config.seed, Draw.DEMONSTRATE, p) if stage == "noisy" else None
                 for p in positions
             ]
             texts = [
-                demonstrate(problems[i].prompt, source)
-                for i, source in zip(chosen, noise, strict=True)
+                demonstrate(problems[i], source) for i, source in zip(chosen, noise, strict=True)
             ]
             batch = Batch.from_texts([prompts[i] for i in chosen], texts, policy.tokenizer)
-            lr = scale * learning_rate(step, steps, LEARNING_RATE, min(50, steps // 5), "cosine")
+            lr = scale * learning_rate(step, steps, base, min(50, steps // 5), "cosine")
             set_learning_rate(optimizer, lr)
             update = supervised_step(policy, optimizer, batch, t)
             check_refused(
                 state,
                 update,
-                f"step {step} of the warm start: model.scratch cannot be taught like this",
+                f"step {step} of the warm start: lower train.warm_start_learning_rate",
             )
             append_line(
                 folder / "metrics.jsonl", {"stage": stage, "step": step, "lr": lr, **update}
@@ -124,24 +164,24 @@ def warm_start(config, policy: Policy, train_set, folder: Path) -> None:
 
 def start_path(config, folder: Path) -> str | Path:
     """The saved model that policy, reference and PRM start from."""
-    return config.model.path or folder / "warm_start" / "model"
+    return folder / "warm_start" / "model" if config.warms_up else config.model.path
 
 
-def start_models(config, folder: Path, device, policy: Policy, train_set):
+def start_models(config, folder: Path, device, policy: Policy, taught):
     """(policy, reference or None, hash of the reference's weights), sharded, as RL starts from
     them.
 
-    The reference comes from model.path or the finished warm start, never from weights that RL has
-    touched.
+    The reference comes from the finished warm start, or without one from model.path, never from
+    weights that RL has touched.
     """
     start, attention = start_path(config, folder), config.model.attention
-    must_warm_up = not config.model.path and not start.exists()
-    if not config.model.path and not must_warm_up:
+    must_warm_up = config.warms_up and not start.exists()
+    if config.warms_up and not must_warm_up:
         print0("the warm start of this run is finished and kept")
         policy = model.load(start, attention)
     policy = shard(policy, config.model, device)
     if must_warm_up:
-        warm_start(config, policy, train_set, folder / "warm_start")
+        warm_start(config, policy, taught, folder / "warm_start")
     if not config.needs_reference:
         return policy, None, None
     reference = model.freeze(model.load(start, attention))

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -23,16 +24,26 @@ from tasks.problem import Problem, split_problems
 
 
 def file_row(row: dict) -> Problem:
-    """Your own rows: `prompt`, `reference`, and `grader` unless reward.grader names one for all."""
-    return Problem(row["prompt"], row["reference"], row.get("grader", ""))
+    """Your own rows: `prompt`, `reference`, and `grader` unless reward.grader names one for all;
+    `solution` for a warm start.
+    """
+    solution = row.get("solution") or ""
+    if not isinstance(solution, str):
+        raise ValueError("its solution is no text")
+    return Problem(row["prompt"], row["reference"], row.get("grader", ""), solution=solution)
 
 
 def gsm8k_row(row: dict) -> Problem:
-    """openai/gsm8k: the solution's last line is `#### N`."""
-    _, mark, answer = row["answer"].rpartition("####")
+    """openai/gsm8k: the solution's last line is `#### N`, and <<48/2=24>> are a calculator's.
+
+    As a demonstration it goes without these, and ends in the box that prompts ask for.
+    """
+    steps, mark, answer = row["answer"].rpartition("####")
     if not mark:
         raise ValueError("no '####' before the answer")
-    return Problem(row["question"], answer.strip(), "number")
+    answer = answer.strip()
+    solution = f"{re.sub('<<.*?>>', '', steps)}The answer is \\boxed{{{answer}}}."
+    return Problem(row["question"], answer, "number", solution=solution)
 
 
 def aimo_row(row: dict) -> Problem:
@@ -58,7 +69,8 @@ def math500_row(row: dict) -> Problem:
 
 def minerva_row(row: dict) -> Problem:
     """Minerva's file, and Hendrycks' MATH: the answer is boxed at the end of the solution."""
-    return Problem(row["problem"], last_box(row["solution"]), "math")
+    solution = row["solution"]
+    return Problem(row["problem"], last_box(solution), "math", solution=solution)
 
 
 def olympiadbench_row(row: dict) -> Problem:

@@ -20,6 +20,7 @@ class Problem:
     reference: Any  # the answer as the grader wants it: any JSON value
     grader: str  # a name in rewards.GRADERS
     system: str = ""  # the system's turn in a chat
+    solution: str = field(default="", repr=False)  # a right response, where the row has one
     place: str = field(default="", compare=False, repr=False)  # file and row, where it is from one
 
 

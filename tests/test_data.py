@@ -119,7 +119,7 @@ def test_where_steps_are_repeated_the_demonstrator_slips_at_a_rate_of_its_own():
     config, right = DataConfig(train_size=5000, held_out_size=1, min_steps=4, max_steps=4, repeat_slip=0.5), Counter()
     for i, problem in enumerate(load_problems(config, 0)[0]):
         if "*" not in problem.prompt:  # no misconception
-            text = tasks.demonstrator(config)(problem.prompt, infra.rng.rng_for(0, Draw.DEMONSTRATE, i))
+            text = tasks.demonstrator(config)(problem, infra.rng.rng_for(0, Draw.DEMONSTRATE, i))
             lines = re.findall(r"[a-z](\d)([-+])(\d)=(\d);", text.replace(")", ""))
             for value, operator, digit, result in lines:
                 right["(" in text, apply(int(value), operator, int(digit)) == int(result)] += 1

@@ -6,8 +6,8 @@ tools/report.py reads what comes out.
 
 A run's folder is OUT/<config>/warm<W>-seed<S>, what it says goes to ....log beside it. Every config runs every (W, S),
 so that runs can be compared in pairs; S counts from 1000 W. Configs that agree in model, data and warm-start settings
-share a warm start of seed W, in OUT/warm_starts; a config with a model.path starts from that. The same command again
-leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
+share a warm start of seed W, in OUT/warm_starts; a config that has none starts from its model.path. The same command
+again leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
@@ -49,15 +49,17 @@ def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[in
     for (warm, seed), file in ((pair, file) for pair in pairs for file in files):
         folder, arguments = str(out / Path(file).stem / f"warm{warm}-seed{seed}"), [file, *overrides, f"seed={seed}"]
         config = read_config(Config, arguments, None)
-        if not config.model.path:
+        if config.warms_up:
             settings = {key: value for key, value in flat(to_dict(config)).items() if key.startswith(decisive)}
             start = out / "warm_starts" / f"{zlib.crc32(json.dumps(settings).encode()):08x}-seed{warm}"
-            config.model.path = f"{start}/warm_start/model"
-            if not Path(config.model.path).exists():
+            model = f"{start}/warm_start/model"
+            if not Path(model).exists():
                 warm_starts[str(start)] = [file, *overrides, f"seed={warm}", "train.steps=1", "overwrite=true"]
+            arguments += [f"model.path={model}", "train.warm_start=scratch"]
+            config = read_config(Config, arguments, None)
         config.run_dir = folder
         if not finished(config):
-            runs[folder] = [*arguments, f"model.path={config.model.path}", "resume=true"]
+            runs[folder] = [*arguments, "resume=true"]
     return runs, warm_starts if runs else {}
 
 
