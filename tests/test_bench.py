@@ -14,6 +14,7 @@ COMMANDS = {
     "step": ["step.py", "--tiny", "--ours-only", "--pairs", "1", "--lengths", "ragged"],
     "logprob_memory": ["logprob_memory.py", "--tiny"],
     "floor": ["floor.py", "--tiny"],
+    "supervised": ["supervised.py", "--tiny", "--steps", "1"],
     "scaling": ["scaling.py", "--tiny", "--steps", "1"],
 }
 
@@ -58,6 +59,11 @@ def test_no_pass_exceeds_the_measured_peak(figures):
 
 def test_full_responses_are_as_long_as_they_were_forced_to_be(figures):
     assert figures["scaling"]["tiny"]["tokens"] == 2 * 2 * 8
+
+
+def test_a_supervised_step_has_the_loss_of_a_plain_hugging_face_loop_step_for_step(figures):
+    losses = figures["supervised"]["losses"]
+    assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-5) and len(losses["ours"]) == 2
 
 
 def test_step_names_the_pip_command_where_trl_is_missing(tmp_path):
