@@ -35,8 +35,8 @@ SENTENCES = (  # what happens, its operation, and the number where the text does
     ("{He} gives half of them away.", "/", 2),
     ("{He} shares them equally among {n} boxes and keeps one box.", "/", None),
 )
-LARGEST = 40  # number of things at any time
-MOST_CHANGE = 9  # that are added or taken away at once
+LARGEST = 20  # number of things at any time
+MOST_CHANGE = 5  # that are added or taken away at once
 SLIP = 0.12  # chance per line that the demonstrator's result is off by one
 REPEATS = (0.0, 0.5)  # chance of writing a line twice; a demonstration draws one of these
 
@@ -59,7 +59,7 @@ def story(random: np.random.Generator, min_steps: int, max_steps: int) -> str:
     name, he, him = PEOPLE[person].split()
     words = {"name": name, "He": he, "him": him, "friend": PEOPLE[friend].split()[0]}
     words["things"] = str(random.choice(THINGS))
-    value = int(random.integers(4, 21))
+    value = int(random.integers(3, 13))
     told = [f"{name} has {value} {words['things']}."]
     steps = int(random.integers(min_steps, max_steps + 1))
     while len(told) <= steps:
