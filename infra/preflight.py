@@ -4,6 +4,7 @@ not a traceback.
 Python 3.8 must be able to read this file and the scripts: no newer syntax in them.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def hook(kind, error, trace):
 
 
 sys.excepthook = hook
+# Before torch is imported, which reads it once. Sampling and updating ask a GPU for blocks of ever
+# new sizes; without this the allocator keeps every old one, and reserves a card for a tenth of it.
+# An older name that the user has set would lose against the new one, so it is respected too.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 if complaint():
     print(f"error: {complaint()}", file=sys.stderr)
     sys.exit(2)

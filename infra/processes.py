@@ -35,6 +35,9 @@ def command_line(main, config_class=None) -> None:
 
     `config_class`: whose knobs say what makes a stage need less memory.
     """
+    # Which torch takes first on H100 and H200. It can give NaN gradients where rows are padded
+    # (pytorch issue 196678), and plans anew for every length, which in decoding is every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         main()
     except BadInput as error:

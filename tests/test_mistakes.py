@@ -175,6 +175,30 @@ def test_a_package_that_is_too_old_is_named(name, version, words, monkeypatch):
     assert (preflight.complaint() or "").startswith(words) if words else preflight.complaint() is None
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_allocator_is_told_to_grow_its_segments_before_torch_is_there_unless_the_user_has_told_it(given, expected):
+    code = "import infra.preflight, os, sys; print({k: v for k, v in os.environ.items() if 'ALLOC_CONF' in k});"
+    code += "assert 'torch' not in sys.modules"
+    others = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=chaos.ROOT, env=others | given, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(expected), "")
+
+
+def test_every_script_computes_without_cudnns_attention():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    seen = []
+    infra.processes.command_line(lambda: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert seen == [False]
+
+
 # --- memory and devices -------------------------------------------------------------------------------------------
 
 
