@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from data import DataConfig, apply_prompt, encode_prompts, load_problems
 from infra.config import Block, knob, saved_block, saved_config, setting
-from infra.errors import BadInput, Parser
+from infra.errors import BadInput, Parser, RunStopped
 from infra.processes import choose_threads, command_line, map_over_ranks
 from infra.rng import Draw, rng_for
 from model import ModelConfig, Policy, fast, load
@@ -99,6 +99,9 @@ class InverseCDF(LogitsProcessor):
             cdf = p.cumsum(-1, dtype=torch.float64)
             point = self.uniforms[rows, step, None] * cdf[:, -1:]
             chosen = torch.searchsorted(cdf, point, right=True)
+            # NaN is below nothing. An id that does not exist would be an assert on a GPU: the NaN
+            # is recorded instead, and `sample` says it.
+            chosen = chosen.clamp(max=p.shape[-1] - 1)
         self.log_probs[rows, step] = log_p.gather(-1, chosen)[:, 0]
         self.entropy[rows, step] = torch.special.entr(p).sum(-1)
         return chosen[:, 0]
@@ -142,7 +145,8 @@ def sample(
 
     keys[i] = (seed, purpose, position) of prompt i; sibling g draws its uniforms from keys[i] +
     (g,). `group_size` and `temperature` (0: greedy) default to the config's. The ranks share the
-    rows, and each gets the whole Batch; a sharded policy must be `unsharded`.
+    rows, and each gets the whole Batch; a sharded policy must be `unsharded`. Raises RunStopped
+    where the model gives NaN.
     """
     group_size = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
@@ -162,7 +166,22 @@ def sample(
             parts.append(_sample_rows(policy, part_prompts, part_keys, config, temperature))
         return [Batch.cat(parts).select(torch.tensor(order).argsort())]
 
-    return replace(Batch.cat(map_over_ranks(decode, rows)), group_size=group_size)
+    batch = replace(Batch.cat(map_over_ranks(decode, rows)), group_size=group_size)
+    check_numbers(batch)
+    return batch
+
+
+def check_numbers(batch: Batch) -> None:
+    """Raises RunStopped, on every rank, where a token was drawn from NaN."""
+    # Once for all tokens: to ask at each of them would make a GPU wait for the answer
+    broken = batch.sampler_log_probs.isnan().nonzero().tolist()
+    if broken:
+        row, step = broken[0]
+        raise RunStopped(
+            f"the model gives NaN, first for token {step + 1} of response {row + 1} of "
+            f"{len(batch)}: its weights are broken or overflow in model.dtype; lower "
+            "train.learning_rate and go back to an earlier checkpoint, or try model.dtype=float32"
+        )
 
 
 def rows_at_once(lengths: list[int], max_tokens: int) -> list[range]:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from infra.errors import RunStopped
 from infra.rng import Draw
 from infra.sharding import shard
 from model import ModelConfig, batch_log_probs, load, save, token_log_probs
@@ -190,3 +191,19 @@ def test_draws_are_distributed_as_the_softmax():
     u = uniforms([(0, int(Draw.SAMPLE), i // 100, i % 100) for i in range(n // 10)], 10).flatten()
     counts = choose(logits.repeat(n, 1), u, 0.8)[0].bincount(minlength=20)
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 50  # chi-square of 19 degrees: more with probability 1e-4
+
+
+@pytest.mark.parametrize("decoding", ["fast", "plain"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_nan_is_said_with_the_token_where_it_began(temperature, decoding):
+    model, (prompt,) = tiny_model(), [p for p in PROMPTS if len(p) == 7]
+
+    def broken_from_the_8th_token_on(_, args, kwargs, output):
+        late = kwargs["position_ids"][:, -output.logits.shape[1] :] >= 7
+        output.logits = output.logits.masked_fill(late[..., None], math.nan)
+
+    model.model.register_forward_hook(broken_from_the_8th_token_on, with_kwargs=True)
+    config = dataclasses.replace(CONFIG, decoding=decoding)
+    words = r"^the model gives NaN, first for token 2 of response \d+ of 16: [^\n]*model.dtype=float32$"
+    with pytest.raises(RunStopped, match=words):
+        sample(model, [prompt], keys(1), config, temperature=temperature)
