@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from data import DataConfig, apply_prompt, encode_prompts, load_problems
@@ -31,6 +32,8 @@ from model import ModelConfig, Policy, fast, load
 from rewards import Grader, RewardConfig
 from spro import Batch
 from tasks.problem import Problem
+
+BLOCK = 512  # tokens of a large vocabulary that are summed at once to find the sampled one
 
 
 @dataclass
@@ -94,11 +97,7 @@ class InverseCDF(LogitsProcessor):
         if self.temperature == 0:
             chosen = log_p.argmax(-1, keepdim=True)
         else:
-            # In float64: 150k fp32 terms would move the later tokens' bounds. And from the right,
-            # so that a token of probability 0 is never chosen.
-            cdf = p.cumsum(-1, dtype=torch.float64)
-            point = self.uniforms[rows, step, None] * cdf[:, -1:]
-            chosen = torch.searchsorted(cdf, point, right=True)
+            chosen = invert_cdf(p, self.uniforms[rows, step, None])
             # NaN is below nothing. An id that does not exist would be an assert on a GPU: the NaN
             # is recorded instead, and `sample` says it.
             chosen = chosen.clamp(max=p.shape[-1] - 1)
@@ -110,6 +109,32 @@ class InverseCDF(LogitsProcessor):
         rows = torch.arange(len(scores), device=scores.device)
         chosen = self.choose(scores, rows, input_ids.shape[1] - self.prompt_length)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+def invert_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Probabilities [b, V], up to a factor, and uniforms [b, 1] in [0, 1) -> ids [b, 1].
+
+    In float64: 150k fp32 terms would move the later tokens' bounds. And from the right, so that a
+    token of probability 0 is never chosen.
+    """
+    V = p.shape[-1]
+    if V <= 32 * BLOCK:
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    # A scan over all of a large vocabulary is slow: first which block, then which token inside it
+    whole = V // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    rest = p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    ends = torch.cat([sums, rest], -1).cumsum(-1)
+    point = uniforms * ends[:, -1:]
+    block = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
+    ids = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = torch.where(ids < V, p.gather(-1, ids.clamp(max=V - 1)), 0.0)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    point = point - F.pad(ends, (1, 0)).gather(-1, block)
+    # The block's sum may be rounded up beyond the sum of its tokens
+    point = point.minimum(inside[:, -1:].nextafter(torch.zeros_like(point)))
+    return block * BLOCK + torch.searchsorted(inside, point, right=True)
 
 
 def uniforms(keys: list[tuple[int, ...]], length: int) -> torch.Tensor:

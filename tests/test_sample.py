@@ -1,6 +1,7 @@
 """The sampler against slow loops and plain forwards; every mask is recounted by hand."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -183,6 +184,31 @@ def test_a_token_of_probability_0_is_never_chosen(u, expected):
     logits = torch.tensor([[never, 0.0, -1e9, 1.0, never], [-1e9, never, 0.3, never, -1e9]]).repeat(50, 1)
     tokens, log_probs = choose(logits + torch.linspace(-80, 80, 100)[:, None], [u] * 100)  # many roundings of the sum
     assert log_probs.isfinite().all() and tokens.tolist() == expected * 50
+
+
+def test_a_large_vocabulary_is_searched_as_by_a_loop_over_all_of_it_in_float64():
+    """Runs of tokens of probability 0, some of whole blocks of 512, and a last block that is not full."""
+    g = torch.Generator().manual_seed(0)
+    logits, u = 4 * torch.randn(40, 151_936, generator=g), torch.rand(40, generator=g, dtype=torch.float64)
+    logits[10:20, 1000:30_000] = -torch.inf
+    logits[20:30, 3000:] = -torch.inf
+    logits[30:, :151_800] = -torch.inf
+    u[[0, 10, 20, 30]], u[[9, 19, 29, 39]] = 0.0, 1 - 2**-53
+    tokens, log_probs = choose(logits, u)
+    probabilities = logits.log_softmax(-1).exp().double()
+    for p, point, token, log_prob in zip(probabilities, u.tolist(), tokens.tolist(), log_probs, strict=True):
+        cdf = list(itertools.accumulate(p.tolist()))
+        assert token == next(i for i, end in enumerate(cdf) if end > point * cdf[-1])
+        assert log_prob.item() == pytest.approx(p[token].log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 1 - 2**-53])
+def test_in_a_large_vocabulary_too_a_token_of_probability_0_is_never_chosen(u):
+    """One possible token, at any place of a block, its probability rounded in many ways."""
+    places = [0, 1, 511, 512, 1000, 49_151, 151_551, 151_552, 151_935]
+    logits = torch.full((len(places), 151_936), -torch.inf)
+    logits[range(len(places)), places] = torch.linspace(-80, 80, len(places))
+    assert choose(logits, [u] * len(places))[0].tolist() == places
 
 
 def test_draws_are_distributed_as_the_softmax():
