@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from data import DataConfig, apply_prompt, encode_prompts, load_problems
 from infra.config import Block, knob, saved_block, saved_config, setting
 from infra.errors import BadInput, Parser, RunStopped
+from infra.memory import free_bytes, tokens_that_fit
 from infra.processes import choose_threads, command_line, map_over_ranks
 from infra.rng import Draw, rng_for
 from model import ModelConfig, Policy, fast, load
@@ -42,10 +43,12 @@ class SampleConfig(Block):
     max_new_tokens: int = knob(110, "a response that is longer is cut, and counted", least=1)
     temperature: float = knob(1.0, "of the sampled softmax, and of the log-probs in training")
     batch_tokens: int = setting(
-        16384,
-        "tokens of prompts and full responses decoded together: memory; no sample but by rounding",
-        least=1,
-        lowers=dict.fromkeys(("sample", "evaluate"), "lower sample.batch_tokens"),
+        0,
+        "tokens of prompts and full responses decoded together; 0: what fits, said at the start",
+        least=0,
+        lowers=dict.fromkeys(
+            ("sample", "evaluate"), "set sample.batch_tokens below what the start of the run says"
+        ),
     )
     decoding: str = knob(
         "fast",
@@ -186,7 +189,7 @@ def sample(
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         lengths = [len(rows[i][0]) + config.max_new_tokens for i in order]
         parts = []
-        for chosen in rows_at_once(lengths, config.batch_tokens):
+        for chosen in rows_at_once(lengths, batch_tokens(policy, config, max(lengths))):
             part_prompts, part_keys = zip(*(rows[order[i]] for i in chosen), strict=True)
             parts.append(_sample_rows(policy, part_prompts, part_keys, config, temperature))
         return [Batch.cat(parts).select(torch.tensor(order).argsort())]
@@ -207,6 +210,15 @@ def check_numbers(batch: Batch) -> None:
             f"{len(batch)}: its weights are broken or overflow in model.dtype; lower "
             "train.learning_rate and go back to an earlier checkpoint, or try model.dtype=float32"
         )
+
+
+def batch_tokens(policy: Policy, config: SampleConfig, tokens_per_row: int) -> int:
+    """Tokens decoded together: config.batch_tokens, or what fits (train.py has chosen before)."""
+    if config.batch_tokens:
+        return config.batch_tokens
+    shape, number = policy.config.get_text_config(), policy.model.dtype.itemsize
+    on_gpu = policy.device.type == "cuda"
+    return tokens_that_fit(shape, number, tokens_per_row, free_bytes(policy.device), on_gpu)
 
 
 def rows_at_once(lengths: list[int], max_tokens: int) -> list[range]:

@@ -460,17 +460,20 @@ def main() -> None:
     generation = sample.generation_settings(policy, config.sample).to_diff_dict()
     generation.pop("transformers_version", None)
     policy.device = device
-    described = console.describe(config, policy, train_set[0], len(eval_set[0]), grader, generation)
-    processes.print0(described)
+    layers = sharding.decoder_layers(policy)
+    together = memory.batch_tokens(config, policy.model, layers, train_set[1], device)
+    how = (len(eval_set[0]), grader, generation, together)
+    processes.print0(console.describe(config, policy, train_set[0], *how))
     if config.dry_run:
-        layers = sharding.decoder_layers(policy)
         logits = policy.fast.LOGITS_AT_ONCE if policy.fast else math.inf
-        processes.print0(memory.dry_run_report(config, policy, layers, train_set[1], logits))
+        report = memory.dry_run_report(config, policy, layers, train_set[1], logits, together)
+        processes.print0(report)
         return
 
     sharding.shard_size(config.model)  # before anything is written
     processes.catch_signals()
     folder = run_folder.open_run_folder(config)
+    config.sample.batch_tokens = together  # the run folder keeps what was asked
     policy, reference, start_hash = supervised.start_models(config, folder, device, policy, taught)
     trained = {"policy": (policy, model.make_optimizer(policy, config.train))}
     if config.needs_prm:

@@ -36,9 +36,11 @@ def programs_line(problems: list, grader) -> str:
     return f"; programs run in {grader.isolation()}" if graded else ""
 
 
-def describe(config, policy, problems: list, n_held_out: int, grader, generation: dict) -> str:
+def describe(
+    config, policy, problems: list, n_held_out: int, grader, generation: dict, batch_tokens: int
+) -> str:
     """What is about to run, with the batch arithmetic and the `generation` settings that are
-    really in force.
+    really in force. `batch_tokens`: decoded together.
     """
     t, s, a = config.train, config.sample, config.algorithm
     tokenizer = policy.tokenizer
@@ -70,8 +72,8 @@ def describe(config, policy, problems: list, n_held_out: int, grader, generation
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
         f"{t.micro_batch_tokens} tokens; "
         f"{t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}{refills}",
-        f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; generate: "
-        f"{generation}",
+        f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; at most "
+        f"{batch_tokens:,} tokens decoded together; generate: {generation}",
     )
     return "\n".join(lines)
 

@@ -1,12 +1,20 @@
 """How much memory a run will need, by what needs it, and how much it has used."""
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from infra.processes import world_size
+
+CARD = 80 * 2**30  # bytes of the GPU that is planned for where there is none
+SPARE = 0.2  # of what is free: the allocator's slack, the libraries, the pass of the prompts
+# Of a sampled logit: itself, log-prob and probability in fp32, its sum in fp64, what each leaves
+LOGIT_BYTES = 28
+ON_CPU = 16384  # tokens decoded together: more are no faster there
 
 
 def peak_gib() -> float:
@@ -38,9 +46,9 @@ def memory_plan(
     of Llama's shape keeps for its backward pass; the allocator's slack and the libraries themselves
     (about 0.4 GiB on a CPU, 0.5 to 1 on a GPU) are not in it.
     """
-    shape, n = model.config, model.num_parameters()
+    shape, n = model.config.get_text_config(), model.num_parameters()
     split = settings.shard or max(1, ranks // settings.replicate)
-    compute = 2 if on_gpu and settings.dtype == "bfloat16" else 4  # bytes
+    compute = compute_bytes(settings, on_gpu)
     is_split = ranks > 1 or on_gpu
     in_layer = sum(p.numel() for p in layers[0].parameters()) if layers else 0
     # Embedding and head: gathered from the first layer's forward to the backward
@@ -57,15 +65,11 @@ def memory_plan(
         if work.has_prm
         else 0,  # its gradients go first
     }
+    rows = work.sampled_tokens // work.tokens_per_row
     sampling = {
         "sampling: gathered weights": compute * n if is_split else 0,
-        "sampling: KV cache": 2
-        * shape.num_hidden_layers
-        * kv_width(shape)
-        * compute
-        * work.sampled_tokens,
-        # Logits, log-probs and probabilities in fp32, the cumulative distribution in fp64.
-        "sampling: logits": work.sampled_tokens // work.tokens_per_row * shape.vocab_size * 28,
+        "sampling: KV cache": cache_bytes(shape, compute) * work.sampled_tokens,
+        "sampling: logits": LOGIT_BYTES * shape.vocab_size * rows,
     }
     update = {
         "update: gradients, fp32, sharded": 4 * n / split,
@@ -84,8 +88,20 @@ def memory_plan(
     }
 
 
+def compute_bytes(settings, on_gpu: bool) -> int:
+    """Of a number in the type that passes compute in."""
+    return 2 if on_gpu and settings.dtype == "bfloat16" else 4
+
+
+def cache_bytes(shape, compute: int) -> int:
+    """Of a token's keys and values."""
+    return 2 * shape.num_hidden_layers * kv_width(shape) * compute
+
+
 def kv_width(shape) -> int:
     """Values that a token's keys take in one layer, and its values as many."""
+    if not getattr(shape, "num_attention_heads", None):  # recurrent
+        return 0
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     return heads * (
         getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -105,16 +121,65 @@ def activations_per_token(shape, layers: int, recomputes: bool) -> int:
     return (layers + 1) * layer
 
 
-def dry_run_report(config, policy, layers: list, prompts, logits_at_once: int) -> str:
-    """The first prompts exactly as the model will see them, and the memory plan of each rank."""
-    t, s = config.train, config.sample
+def free_bytes(device: torch.device) -> int:
+    """Of this rank's GPU, or its part of what this machine's processes share."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:  # not Linux, so nothing tells
+        return CARD
+    available = 2**10 * int(fields["MemAvailable"].split()[0])
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tokens_that_fit(shape, compute: int, tokens_per_row: int, free: int, on_gpu: bool) -> int:
+    """Tokens of prompts and full-length responses to decode together in `free` bytes: a power of 2,
+    so that a little more or less memory chooses the same. `compute`: bytes of a number.
+    """
+    row = tokens_per_row * cache_bytes(shape, compute) + LOGIT_BYTES * shape.vocab_size
+    tokens = max(1, tokens_per_row * int(free * (1 - SPARE) // row))
+    tokens = 2 ** (tokens.bit_length() - 1)
+    return tokens if on_gpu else min(tokens, ON_CPU)
+
+
+def planned_machine(config, device: torch.device) -> tuple[int, bool, int]:
+    """(ranks, whether they are GPUs, free bytes of each). A dry run of a saved model plans for
+    GPUs, wherever it runs.
+    """
     ranks = max(world_size(), config.model.shard * config.model.replicate)
-    # A plan for a saved model is one for GPUs
-    on_gpu = torch.cuda.is_available() or bool(config.model.path)
+    if device.type != "cuda" and config.dry_run and config.model.path:
+        return ranks, True, CARD
+    return ranks, device.type == "cuda", free_bytes(device)
+
+
+def batch_tokens(config, model, layers: list, prompts, device: torch.device) -> int:
+    """sample.batch_tokens; where that is 0, what fits beside all that a run holds at `device`."""
+    if config.sample.batch_tokens:
+        return config.sample.batch_tokens
+    ranks, on_gpu, free = planned_machine(config, device)
+    row = max(map(len, prompts)) + config.sample.max_new_tokens
+    nothing = Work(0, row, 0, config.needs_reference, config.needs_prm)
+    plan = memory_plan(model, layers, config.model, ranks, on_gpu, nothing, 0)
+    held = sum(gib for name, gib in plan.items() if not name.startswith(("update", "peak")))
+    free = max(0, free - int(held * 2**30))
+    shape, compute = model.config.get_text_config(), compute_bytes(config.model, on_gpu)
+    return tokens_that_fit(shape, compute, row, free, on_gpu)
+
+
+def dry_run_report(config, policy, layers: list, prompts, logits_at_once: int, tokens: int) -> str:
+    """The first prompts exactly as the model will see them, and the memory plan of each rank.
+
+    `tokens`: decoded together, see `batch_tokens`.
+    """
+    t, s = config.train, config.sample
+    ranks, on_gpu, free = planned_machine(config, policy.device)
     row = max(map(len, prompts)) + s.max_new_tokens
     responses = t.prompts_per_step * s.group_size
     work = Work(
-        sampled_tokens=min(max(row, s.batch_tokens), row * -(-responses // ranks)),
+        sampled_tokens=min(max(row, tokens), row * -(-responses // ranks)),
         tokens_per_row=row,
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
@@ -124,6 +189,10 @@ def dry_run_report(config, policy, layers: list, prompts, logits_at_once: int) -
     lines = [
         f"prompt {i + 1}: {policy.tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])
     ]
-    lines.append(f"memory of each of {ranks} {'GPU' if on_gpu else 'CPU process'}(s), estimated:")
+    kind = "CPU process(es)"
+    if on_gpu:
+        assumed = "assumed" if policy.device.type != "cuda" else "free"
+        kind = f"GPU(s), {free / 2**30:.0f} GiB {assumed}"
+    lines.append(f"memory of each of {ranks} {kind}, estimated:")
     lines += [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
     return "\n".join([*lines, "dry run: nothing was written"])

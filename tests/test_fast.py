@@ -307,5 +307,5 @@ def test_kind_27_the_start_of_a_run_names_the_path(tmp_path):
     for kind, fields in (("granite", TRANSFORMING["granite"]), ("llama", LLAMA)):
         policy = load(saved(hf_model(kind, **fields), tmp_path / kind))
         config = train.Config()
-        said = console.describe(config, policy, [], 0, None, {})
+        said = console.describe(config, policy, [], 0, None, {}, 1)
         assert ("log-probs by the plain path" in said) == (kind == "granite")
