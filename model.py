@@ -115,6 +115,9 @@ class Policy(torch.nn.Module):
         # Where inputs go, which is not where offloaded weights are
         self.device = torch.device("cpu")
         self.recomputes = False  # activations, in the backward pass
+        # The model that generates in place of this one while its weights are gathered, see
+        # `unsharded`. In a list, or torch would take it as a part of this module.
+        self.twin: list = []
         self.stop_ids = stop_ids(model, tokenizer)
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.known_ids = embedding_rows(model)  # ids from here on cannot be read
@@ -152,7 +155,8 @@ class Policy(torch.nn.Module):
         return self.model.num_parameters()
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
-        return self.model.generate(*args, **kwargs)
+        (model,) = self.twin or [self.model]
+        return model.generate(*args, **kwargs)
 
     def token_log_probs(
         self, tokens, attention_mask, response_length, temperature, reference=None

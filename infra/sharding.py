@@ -4,6 +4,7 @@ just for that pass.
 `settings` is the config's block `model` throughout.
 """
 
+import copy
 import warnings
 from contextlib import contextmanager
 
@@ -83,7 +84,8 @@ def decoder_layers(policy) -> list[torch.nn.Module]:
 
 @contextmanager
 def unsharded(policy):
-    """Whole weights on every rank, for generation: gathered once here, not once per token.
+    """Whole weights on every rank, for generation: gathered once here, not once per token, and
+    lent to a twin of the model that FSDP does not know.
 
     Costs the whole model in the compute type beside this rank's shards, until the block is left.
     While it lasts a forward pass needs no other rank, so ranks may run different numbers of them
@@ -94,13 +96,37 @@ def unsharded(policy):
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    if sharded:
+        policy.twin.append(twin_of(policy.model))
     try:
         yield
     finally:
+        policy.twin.clear()  # it holds what is given back now
         for module in sharded:
             # FSDP2's own defaults
             module.set_reshard_after_forward(module is not policy, recurse=False)
             module.reshard()
+
+
+def twin_of(model) -> torch.nn.Module:
+    """The same model once more, on the very tensors that its weights are gathered in: no memory.
+
+    FSDP runs Python of its own around every layer, which in decoding costs as much as the layer and
+    can be neither recorded nor compiled. The twin's layers are the library's own.
+    """
+    with torch.device("meta"):
+        twin = type(model)._from_config(copy.deepcopy(model.config))
+    # Detached, for what is lent must not be changed: loading sets requires_grad
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    twin.load_state_dict(weights, assign=True, strict=False)
+    twin.tie_weights()
+    for theirs, ours in zip(model.modules(), twin.modules(), strict=True):
+        # What is in no state_dict, such as rotary tables: buffers, or tensors by a name alone
+        ours._buffers.update(theirs._buffers)
+        tensors = {name: x for name, x in vars(theirs).items() if isinstance(x, torch.Tensor)}
+        vars(ours).update(tensors)
+    twin.generation_config = model.generation_config
+    return twin.requires_grad_(False).eval()
 
 
 def reshard(policy) -> None:

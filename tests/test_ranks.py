@@ -112,6 +112,55 @@ def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layo
                 assert (two[name] - expected).norm() <= 1e-6 * expected.norm(), name
 
 
+# --- sampling while the weights are gathered ----------------------------------------------------------------------
+
+
+def samples_as_weights_change(policy) -> dict[str, torch.Tensor]:
+    """What the policy samples before and after each of two changes of its weights."""
+    found = {}
+    for change in range(3):
+        with unsharded(policy):
+            batch = sample(policy, PROMPTS, keys(6), SampleConfig(group_size=3, max_new_tokens=20))
+            if policy.twin:
+                weight = policy.twin[0].get_input_embeddings().weight
+                lent = policy.model.get_input_embeddings().weight
+                assert weight.data_ptr() == lent.data_ptr(), "the twin has weights of its own"
+        found |= {f"tokens {change}": batch.tokens, f"log-probs {change}": batch.sampler_log_probs}
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.1)
+    return found
+
+
+def samples_of_ranks(folder) -> None:
+    infra.processes.start_processes(timeout_minutes=1)
+    for layout in ("sharded", "replicated"):
+        policy = shard(tiny_model(), LAYOUTS[layout], torch.device("cpu"))
+        passes, lent = [], []
+        policy.model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))  # noqa: B023
+        with unsharded(policy):
+            lent += [weight.untyped_storage() for weight in policy.twin[0].parameters()]
+            assert all(storage.size() for storage in lent)
+        if layout == "sharded":
+            assert not any(storage.size() for storage in lent), "the weights stay gathered"
+        save_file(samples_as_weights_change(policy), folder / f"{layout}, rank {infra.processes.rank()}")
+        assert not passes, "a layer of FSDP's has run"
+        assert not policy.twin and all(type(p).__name__ == "DTensor" for p in policy.parameters())
+
+
+def test_a_sharded_policy_samples_by_a_twin_of_its_gathered_weights_what_one_process_samples(tmp_path):
+    process = chaos.fork(samples_of_ranks, (tmp_path,), 2, tmp_path / "log")
+    assert chaos.exit_code(process, 120) == 0, (tmp_path / "log").read_text()
+    expected = samples_as_weights_change(tiny_model())
+    assert not expected["tokens 0"].equal(expected["tokens 1"])
+    for layout in ("sharded", "replicated"):
+        for rank in range(2):
+            found = load_file(tmp_path / f"{layout}, rank {rank}")
+            for name, values in expected.items():
+                assert found[name].shape == values.shape, name
+                torch.testing.assert_close(found[name], values, atol=1e-5, rtol=0)
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 LOSS_LIKE = (
