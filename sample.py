@@ -52,8 +52,8 @@ class SampleConfig(Block):
     )
     decoding: str = knob(
         "fast",
-        "fast (fast/, where it knows the model), plain (the reference), static (compiled, GPU)",
-        choices=("fast", "plain", "static"),
+        "fast (the quickest on the device, where fast/ knows the model), plain (the reference)",
+        choices=("fast", "plain"),
     )
 
     def __post_init__(self):
@@ -93,14 +93,16 @@ class InverseCDF(LogitsProcessor):
         self.log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
         self.entropy = torch.zeros_like(uniforms, dtype=torch.float32)
 
-    def choose(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """logits [b, V] of the rows [b] that write token `step` of their responses -> ids [b]."""
+    def choose(self, logits: torch.Tensor, rows: torch.Tensor, step) -> torch.Tensor:
+        """logits [b, V] of the rows [b] that write token `step` of their responses, a number or a
+        tensor [1] -> ids [b].
+        """
         log_p = (logits[:, : self.vocab_size].float() / (self.temperature or 1.0)).log_softmax(-1)
         p = log_p.exp()
         if self.temperature == 0:
             chosen = log_p.argmax(-1, keepdim=True)
         else:
-            chosen = invert_cdf(p, self.uniforms[rows, step, None])
+            chosen = invert_cdf(p, self.uniforms[rows, step][:, None])
             # NaN is below nothing. An id that does not exist would be an assert on a GPU: the NaN
             # is recorded instead, and `sample` says it.
             chosen = chosen.clamp(max=p.shape[-1] - 1)
@@ -155,7 +157,6 @@ def generation_settings(policy: Policy, config: SampleConfig) -> GenerationConfi
         no_repeat_ngram_size=0,
         min_new_tokens=0,
         use_cache=True,
-        cache_implementation="static" if config.decoding == "static" else None,
         eos_token_id=policy.stop_ids,
         pad_token_id=policy.pad_id,
     )
@@ -245,10 +246,10 @@ def _sample_rows(policy: Policy, prompts, keys, config: SampleConfig, temperatur
     )
     ids_given, mask_given, loop = ids, prompt_mask, {}
     if config.decoding == "fast" and fast and fast.can_decode(policy):
-        # Each different prompt once; fast/decode.py continues it for every row that has it.
+        # Each different prompt once; the loop continues it for every row that has it.
         first, source = fast.first_of_each_prompt(ids, prompt_mask, P)
         ids_given, mask_given = ids[first], prompt_mask[first]
-        loop = {"custom_generate": fast.decode_groups, "source": source.to(device)}
+        loop = {"custom_generate": fast.decoding_loop(policy), "source": source.to(device)}
         loop |= {
             "prompt_mask": mask_given.long().to(device),
             "cache_argument": policy.cache_argument,

@@ -51,6 +51,11 @@ class RoomyLayer(DynamicLayer):
         self.room = None
 
 
+def ended(chosen: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+    """Which of the rows' new tokens [b] end their response. -> bool [b]."""
+    return (chosen[:, None] == stops).any(1)
+
+
 def decode_groups(
     model,
     input_ids,
@@ -94,7 +99,7 @@ def decode_groups(
     for step in range(steps):
         chosen = torch.where(going, sampler.choose(logits, rows, step), pad)
         out[rows, P + step] = chosen
-        going = going & ~torch.isin(chosen, stops)
+        going = going & ~ended(chosen, stops)
         alive = int(going.sum())
         if not alive or step + 1 == steps:
             return out[:, : P + step + 1]

@@ -68,6 +68,7 @@ def memory_plan(
     rows = work.sampled_tokens // work.tokens_per_row
     sampling = {
         "sampling: gathered weights": compute * n if is_split else 0,
+        # Room for the longest response, from the start, and once for all the heads that share it
         "sampling: KV cache": cache_bytes(shape, compute) * work.sampled_tokens,
         "sampling: logits": LOGIT_BYTES * shape.vocab_size * rows,
     }

@@ -1,10 +1,13 @@
 """fast/ against the plain paths of model.py and sample.py: the same numbers, and what makes them sooner."""
 
+import contextlib
 import dataclasses
 
 import fast
 import fast.decode
+import fast.grouped_attention
 import fast.log_probs
+import fast.recorded
 import fast.shared_prompts
 import model as model_module
 import pytest
@@ -236,8 +239,163 @@ def test_a_model_whose_states_rows_cannot_share_is_sampled_plainly(monkeypatch):
     policy = tiny_model()
     expected = draw(policy)
     monkeypatch.setattr(fast.decode, "cache_is_divisible", lambda _: False)
-    monkeypatch.setattr(fast, "decode_groups", None)
+    monkeypatch.setattr(fast, "decoding_loop", None)
     assert_same(draw(policy), expected)
+
+
+# --- decoding as on a GPU: keys and values in place, and a step that can be recorded ----------------------------------
+
+
+def tensors_of(rows) -> list[torch.Tensor]:
+    """All that a step may change."""
+    holders = [rows, rows.sampler, *rows.layers]
+    return [x for holder in holders for x in vars(holder).values() if isinstance(x, torch.Tensor)]
+
+
+def recorded_as_on_a_gpu(step, device):
+    """A step is made, and made again to be recorded, when nothing is computed; the graph is the step itself."""
+    step()
+    before = [x.clone() for x in tensors_of(step.__self__)]
+    step()
+    for x, old in zip(tensors_of(step.__self__), before, strict=True):
+        x.copy_(old)
+    return step
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Sizes so small that rows leave, columns grow and prompts come in several lots."""
+    for name, value in {"COLUMNS": 8, "LOOK_EVERY": 3, "FEWEST_ROWS": 2, "PROMPT_TOKENS": 8}.items():
+        monkeypatch.setattr(fast.recorded, name, value)
+    monkeypatch.setattr(fast.recorded, "recorded", recorded_as_on_a_gpu)
+    monkeypatch.setattr(fast, "decoding_loop", lambda policy: fast.recorded.decode_recorded)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral"])
+def test_the_sampler_of_a_gpu_draws_the_tokens_of_the_plain_one(kind, tmp_path, as_on_a_gpu):
+    if kind == "mistral":  # each layer sees 5 tokens back
+        policy = load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), tmp_path))
+    else:
+        policy = any_model(kind, tmp_path)
+    changes = {"max_new_tokens": 30, "group_size": 5}
+    plain, quick = (draw(policy, decoding=decoding, **changes) for decoding in ("plain", "fast"))
+    assert_same(quick, plain)
+    torch.testing.assert_close(quick.sampler_entropy, plain.sampler_entropy, atol=1e-4, rtol=0)
+    assert quick.truncated.any() and (quick.mask.sum(1) == 1).any()
+
+
+def test_rows_leave_by_halves_and_columns_grow_by_units(as_on_a_gpu, monkeypatch):
+    """Each of which is one more recording, so both are coarse."""
+    policy, sizes = tiny_model(), []
+    keep = fast.recorded.Rows.keep
+    recorded = fast.recorded.recorded
+
+    def noted(step, device):
+        sizes.append((len(step.__self__.rows), step.__self__.layers[0].width))
+        return recorded(step, device)
+
+    monkeypatch.setattr(fast.recorded, "recorded", noted)
+    monkeypatch.setattr(fast.recorded.Rows, "keep", lambda rows, n: (keep(rows, n), sizes.append(n)))
+    draw(policy, max_new_tokens=60)
+    rows = [size for size in sizes if isinstance(size, int)]
+    assert rows and all(n & (n - 1) == 0 for n in rows) and rows == sorted(rows, reverse=True)
+    widths = [size[1] for size in sizes if isinstance(size, tuple)]
+    assert widths == sorted(widths) and set(widths) <= {8 * i for i in range(10)}  # at most 7 + 60, rounded up
+
+
+@pytest.mark.parametrize("vocabulary", [V, 20_000])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mistral"])
+def test_a_recorded_step_asks_the_device_for_nothing(kind, vocabulary, tmp_path, as_on_a_gpu, monkeypatch):
+    """Made on meta tensors, which have no values to be asked for: on a GPU an answer cannot be recorded."""
+    sizes = LLAMA | {"sliding_window": 5, "head_dim": 8} if kind == "mistral" else LLAMA
+    model = hf_model(kind, **({} if kind == "gpt2" else sizes))
+    model.resize_token_embeddings(vocabulary)
+    policy = model_module.Policy(model, chain_tokenizer())
+    made = []
+
+    def on_meta(step, device):
+        rows = step.__self__
+        step()  # by values, once
+        for holder in (rows, rows.sampler, *rows.layers):
+            for name, x in vars(holder).items():
+                if isinstance(x, torch.Tensor):
+                    setattr(holder, name, x.to("meta"))
+        for layer in rows.layers:
+            layer.column = rows.column
+        rows.model.to("meta")
+        rows.sampler.vocab_size = vocabulary
+        step()
+        made.append(rows.logits.shape)
+        raise StopIteration
+
+    monkeypatch.setattr(fast.recorded, "recorded", on_meta)
+    with pytest.raises(StopIteration):
+        draw(policy)
+    assert made == [(96, vocabulary)]
+
+
+def test_a_step_that_cannot_be_recorded_is_said_once_and_made_without(monkeypatch, capsys):
+    class Graph:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing. More. And more")
+
+        __exit__ = wait_stream = lambda *_: None
+
+    class Stream(contextlib.nullcontext):
+        wait_stream = lambda *_: None  # noqa: E731
+
+    for name, stand_in in {"Stream": Stream, "stream": Stream, "current_stream": Stream, "graph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(fast.recorded, "unrecordable", [])
+    steps = []
+    for _ in range(2):
+        again = fast.recorded.recorded(lambda: steps.append(1), torch.device("cuda"))
+        again()
+    assert len(steps) == 4
+    assert capsys.readouterr().err == (
+        "decoding is slower: its step cannot be recorded as a CUDA graph "
+        "(CUDA error: operation not permitted when stream is capturing. More)\n"
+    )
+
+
+# --- query heads that share keys and values --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+@pytest.mark.parametrize(("heads", "shared", "tokens"), [(8, 2, 1), (9, 3, 1), (4, 4, 1), (8, 2, 3)])
+def test_grouped_attention_is_a_softmax_over_the_keys_that_heads_share(heads, shared, tokens, mask):
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, t, 8, generator=g) for n, t in ((heads, tokens), (shared, 6), (shared, 6)))
+    seen = torch.rand(2, 1, tokens, 6, generator=g) < 0.6
+    seen[..., 0] = True
+    if mask == "none":
+        seen = torch.arange(6) <= torch.arange(tokens)[:, None] if tokens > 1 else torch.ones(tokens, 6).bool()
+        seen = seen.expand(2, 1, tokens, 6)
+    given = {"none": None, "bool": seen, "added": torch.where(seen, 0.0, -torch.inf)}[mask]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // shared, True
+    states, _ = fast.grouped_attention.attend(module, query, key, value, given, scaling=0.3, dropout=0.0)
+    assert states.shape == (2, tokens, heads, 8)
+    for row in range(2):
+        for head in range(heads):
+            k, v = key[row, head * shared // heads], value[row, head * shared // heads]
+            scores = (0.3 * query[row, head] @ k.T).masked_fill(~seen[row, 0], -torch.inf)
+            torch.testing.assert_close(states[row, :, head], scores.softmax(-1) @ v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_model_that_decodes_by_grouped_attention_draws_the_same_tokens(kind, tmp_path, monkeypatch):
+    policy, calls = any_model(kind, tmp_path), []
+    expected = draw(policy)
+    attend = fast.grouped_attention.attend
+    monkeypatch.setattr(fast.grouped_attention, "attend", lambda *a, **k: (calls.append(1), attend(*a, **k))[1])
+    monkeypatch.delattr(fast.grouped_attention.sdpa_attention, "pack_gqa", raising=False)  # as before 5.23
+    assert_same(draw(policy), expected)
+    assert calls and policy.config._attn_implementation == "sdpa"
 
 
 def test_the_core_takes_the_fast_path_where_there_is_one():
