@@ -465,9 +465,7 @@ def main() -> None:
     how = (len(eval_set[0]), grader, generation, together)
     processes.print0(console.describe(config, policy, train_set[0], *how))
     if config.dry_run:
-        logits = policy.fast.LOGITS_AT_ONCE if policy.fast else math.inf
-        report = memory.dry_run_report(config, policy, layers, train_set[1], logits, together)
-        processes.print0(report)
+        processes.print0(memory.dry_run_report(config, policy, layers, train_set[1], together))
         return
 
     sharding.shard_size(config.model)  # before anything is written

@@ -6,17 +6,17 @@ those take the plain path, and nothing else changes.
 
 from fast.agreement import agrees
 from fast.decode import can_decode
-from fast.log_probs import LOGITS_AT_ONCE, log_probs_of_tokens, states_for_kl
+from fast.log_probs import log_probs_of_tokens, logits_at_once, states_for_kl
 from fast.recorded import decoding_loop
 from fast.shared_prompts import first_of_each_prompt, prompt_numbers, shares_prompts
 
 __all__ = [
-    "LOGITS_AT_ONCE",
     "agrees",
     "can_decode",
     "decoding_loop",
     "first_of_each_prompt",
     "log_probs_of_tokens",
+    "logits_at_once",
     "prompt_numbers",
     "shares_prompts",
     "states_for_kl",

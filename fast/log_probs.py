@@ -1,15 +1,24 @@
 """Log-probs of response tokens without their logits: [B, T, V] never exists, in neither direction.
 
-The head is applied to response tokens alone, LOGITS_AT_ONCE logits at a time, and the backward pass
+The head is applied to response tokens alone, a chunk of logits at a time, and the backward pass
 makes each chunk's logits again: four matrix products instead of three.
+
+On a GPU, half precision is multiplied into fp32 without rounding in between, and what is done to a
+chunk of logits is compiled into as few passes over them as can be.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from fast.shared_prompts import response_states
+from infra.processes import print0
 
-LOGITS_AT_ONCE = 2**25  # never more than this many logits are held: 128 MiB in fp32
+# Never more logits than this are held. On a GPU a chunk is large, for each one reads the whole
+# head and adds to the head's whole gradient: 512 MiB in fp32.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
+HALF = (torch.bfloat16, torch.float16)
 
 
 def states_for_kl(policy, tokens, attention_mask, response_length) -> tuple:
@@ -61,70 +70,151 @@ class _TokenLogProbs(torch.autograd.Function):
         result.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_probs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        entropy = torch.empty_like(log_probs)
-        normaliser = torch.empty_like(log_probs)
-        kl = torch.empty_like(log_probs) if reference else None
-        theirs = _logits_by_chunk(*reference, temperature, vocab_size, dtype) if reference else None
-        for here, logits in _logits_by_chunk(hidden, weight, bias, temperature, vocab_size, dtype):
-            largest = logits.amax(-1)
-            p = logits.sub_(largest[:, None]).exp()  # not yet normalised
-            total = p.sum(-1)
-            log_probs[here] = logits.gather(-1, targets[here, None])[:, 0] - total.log()
-            entropy[here] = total.log() - torch.linalg.vecdot(p, logits) / total
-            normaliser[here] = largest + total.log()
-            if reference:
-                gap = logits.sub_(next(theirs)[1].log_softmax(-1))
-                kl[here] = torch.linalg.vecdot(p, gap) / total - total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kl, *reference)
+        log_probs, entropy, normaliser, *kl = (
+            hidden.new_empty(len(hidden), dtype=dtype) for _ in range(4 if reference else 3)
+        )
+        values_of = in_few_passes(values_of_chunk, hidden.device.type)
+        ours = hidden, weight, bias
+        for here, logits, theirs in _chunks(ours, reference, temperature, vocab_size):
+            values = values_of(logits, targets[here], theirs)
+            for whole, part in zip((log_probs, entropy, normaliser, *kl), values, strict=True):
+                whole[here] = part
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, *kl, *reference)
         ctx.temperature = temperature
         ctx.vocab_size = vocab_size
         ctx.mark_non_differentiable(entropy)
-        return (log_probs, entropy, kl) if reference else (log_probs, entropy)
+        return log_probs, entropy, *kl
 
     @staticmethod
     def backward(ctx, grad, _, grad_kl=None):
-        hidden, weight, bias, targets, normaliser, kl, *reference = ctx.saved_tensors
+        hidden, weight, bias, targets, normaliser, *rest = ctx.saved_tensors
+        kl, *reference = rest or [None]
         temperature, vocab_size = ctx.temperature, ctx.vocab_size
-        theirs = (
-            _logits_by_chunk(*reference, temperature, vocab_size, grad.dtype) if reference else None
-        )
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=grad.dtype)
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
-        for here, logits in _logits_by_chunk(
-            hidden, weight, bias, temperature, vocab_size, grad.dtype
-        ):
+        gradient_of = in_few_passes(gradient_of_chunk, hidden.device.type)
+        ours = hidden, weight, bias
+        for here, logits, theirs in _chunks(ours, reference, temperature, vocab_size):
             scale = grad[here, None] / temperature
-            pull = -scale  # d log-prob = one-hot - softmax
-            logits = logits.sub_(normaliser[here, None])
-            if reference:  # d KL = softmax x (log-ratio - KL)
-                log_ratio = logits - next(theirs)[1].log_softmax(-1)
-                pull = (
-                    log_ratio.sub_(kl[here, None])
-                    .mul_(grad_kl[here, None] / temperature)
-                    .sub_(scale)
-                )
-            of_logits = logits.exp_().mul_(pull)
-            of_logits = of_logits.scatter_add_(-1, targets[here, None], scale).to(hidden.dtype)
+            of_kl = ()
+            if reference:
+                of_kl = (theirs, kl[here, None], grad_kl[here, None] / temperature)
+            of_logits = gradient_of(
+                logits, normaliser[here, None], targets[here, None], scale, hidden.dtype, *of_kl
+            )
             torch.mm(of_logits, weight[:vocab_size], out=of_hidden[here])
-            if of_weight.dtype == hidden.dtype:
-                of_weight[:vocab_size].addmm_(of_logits.t(), hidden[here])
-            else:
-                of_weight[:vocab_size] += of_logits.t() @ hidden[here]
+            _add_product(of_weight[:vocab_size], of_logits.t(), hidden[here])
             if bias is not None:
                 of_bias[:vocab_size] += of_logits.sum(0)
         of_bias = None if bias is None else of_bias.to(bias.dtype)
         return of_hidden, of_weight.to(weight.dtype), of_bias, *[None] * (3 + len(reference))
 
 
-def _logits_by_chunk(hidden, weight, bias, temperature, vocab_size, dtype):
-    """Yields (slice of rows, their logits), at most LOGITS_AT_ONCE of them; the receiver may
-    overwrite them.
+# --- what is done to a chunk of logits ------------------------------------------------------------
+
+
+def values_of_chunk(logits, targets, theirs=None) -> tuple:
+    """logits [n, V], targets [n] -> log-prob of each target, entropy, normaliser [n]; and, given
+    the reference's logits, the exact KL.
     """
-    chunk = max(1, LOGITS_AT_ONCE // vocab_size)
-    bias = None if bias is None else bias[:vocab_size]
+    largest = logits.amax(-1)
+    logits = logits - largest[:, None]
+    p = logits.exp()  # not yet normalised
+    total = p.sum(-1)
+    log_probs = logits.gather(-1, targets[:, None])[:, 0] - total.log()
+    entropy = total.log() - torch.linalg.vecdot(p, logits) / total
+    values = (log_probs, entropy, largest + total.log())
+    if theirs is None:
+        return values
+    gap = logits - theirs.log_softmax(-1)
+    return *values, torch.linalg.vecdot(p, gap) / total - total.log()
+
+
+def gradient_of_chunk(
+    logits, normaliser, targets, scale, dtype, theirs=None, kl=None, kl_scale=None
+) -> torch.Tensor:
+    """What the loss sends to a chunk of logits [n, V], in `dtype`. Everything else is [n, 1].
+
+    scale and kl_scale: what it sends to the target's log-prob and to the KL, over temperature.
+    """
+    log_p = logits - normaliser
+    pull = -scale  # d log-prob = one-hot - softmax
+    if theirs is not None:  # d KL = softmax x (log-ratio - KL)
+        pull = (log_p - theirs.log_softmax(-1)).sub_(kl).mul_(kl_scale).sub_(scale)
+    of_logits = log_p.exp_().mul_(pull)
+    # The one-hot, in fp32: at a sure token it all but cancels with the softmax
+    of_target = of_logits.gather(-1, targets) + scale
+    return of_logits.to(dtype).scatter_(-1, targets, of_target.to(dtype))
+
+
+@functools.cache
+def in_few_passes(body, device_type: str):
+    """`body` for a chunk of logits: as written on a CPU, compiled on a GPU, where every operation
+    of it would be a pass through memory.
+    """
+    if device_type != "cuda":
+        return body
+    ways = [torch.compile(body, dynamic=True)]
+
+    def compiled(*args):
+        try:
+            return ways[-1](*args)
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or none that can
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print0(f"note: log-probs take more passes, torch.compile does not work here: {reason}")
+            ways.append(body)
+            return body(*args)
+
+    return compiled
+
+
+# --- products with the head -----------------------------------------------------------------------
+
+
+def logits_at_once(device_type: str) -> int:
+    """How many logits a chunk has at most."""
+    return LOGITS_AT_ONCE["cuda" if device_type == "cuda" else "cpu"]
+
+
+def _chunks(ours, reference, temperature, vocab_size):
+    """Yields (slice of rows, their logits, the reference's logits or None).
+
+    ours, reference: hidden [N, H], weight [V, H] and bias [V] or None; `reference` may be empty.
+    """
+    hidden, *head = ours
+    chunk = max(1, logits_at_once(hidden.device.type) // vocab_size)
     for i in range(0, len(hidden), chunk):
         here = slice(i, min(i + chunk, len(hidden)))
-        logits = F.linear(hidden[here], weight[:vocab_size], bias).to(dtype)
-        yield here, logits if temperature == 1 else logits.div_(temperature)
+        theirs = None
+        if reference:
+            states, *their_head = reference
+            theirs = _logits(states[here], *their_head, temperature, vocab_size)
+        yield here, _logits(hidden[here], *head, temperature, vocab_size), theirs
+
+
+def _logits(hidden, weight, bias, temperature, vocab_size) -> torch.Tensor:
+    """softmax's argument [n, V], fp32 at least, over the words that there are."""
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    if _multiplies_into_fp32(hidden):
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = F.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _add_product(total, a, b) -> None:
+    """total += a @ b, of which `total` is fp32 at least."""
+    if _multiplies_into_fp32(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _multiplies_into_fp32(x) -> bool:
+    """Whether torch has a product of such matrices that is fp32: on a GPU alone."""
+    return x.is_cuda and x.dtype in HALF

@@ -1,5 +1,6 @@
 """How much memory a run will need, by what needs it, and how much it has used."""
 
+import math
 import os
 import resource
 import sys
@@ -170,7 +171,7 @@ def batch_tokens(config, model, layers: list, prompts, device: torch.device) -> 
     return tokens_that_fit(shape, compute, row, free, on_gpu)
 
 
-def dry_run_report(config, policy, layers: list, prompts, logits_at_once: int, tokens: int) -> str:
+def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
     """The first prompts exactly as the model will see them, and the memory plan of each rank.
 
     `tokens`: decoded together, see `batch_tokens`.
@@ -186,7 +187,10 @@ def dry_run_report(config, policy, layers: list, prompts, logits_at_once: int, t
         has_reference=config.needs_reference,
         has_prm=config.needs_prm,
     )
-    plan = memory_plan(policy.model, layers, config.model, ranks, on_gpu, work, logits_at_once)
+    logits = math.inf
+    if policy.fast:
+        logits = policy.fast.logits_at_once("cuda" if on_gpu else "cpu")
+    plan = memory_plan(policy.model, layers, config.model, ranks, on_gpu, work, logits)
     lines = [
         f"prompt {i + 1}: {policy.tokenizer.decode(ids)!r}" for i, ids in enumerate(prompts[:2])
     ]

@@ -86,7 +86,7 @@ class LargestLogits(TorchDispatchMode):
 def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, monkeypatch):
     policy = tiny_model().double()
     whole = values_and_gradients(policy, rollout)
-    monkeypatch.setattr(fast.log_probs, "LOGITS_AT_ONCE", rows * V + 5)
+    monkeypatch.setitem(fast.log_probs.LOGITS_AT_ONCE, "cpu", rows * V + 5)
     kept = []  # for the backward pass, where no chunk may wait for the others
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         token_log_probs(policy, rollout, 1.0)
@@ -113,7 +113,7 @@ def test_the_exact_kl_and_its_gradient_are_those_of_whole_logits_and_never_hold_
 ):
     """gpt2 computes everything in double; qwen2's norms are fp32."""
     policy, reference = two_models(kind, tmp_path)
-    monkeypatch.setattr(fast.log_probs, "LOGITS_AT_ONCE", rows * V + 5)
+    monkeypatch.setitem(fast.log_probs.LOGITS_AT_ONCE, "cpu", rows * V + 5)
     weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0)).double() * rollout.mask
 
     def gradient(log_probs, kl):
