@@ -68,7 +68,7 @@ class ModelConfig(Block):
     scratch: dict = knob(
         {}, "keys of a transformers config over SCRATCH", free=True, warm_start=True
     )
-    attention: str = knob("sdpa", "sdpa, eager or flash_attention_2", warm_start=True)
+    attention: str = knob("auto", "sdpa, eager, flash_attention_2 or auto", warm_start=True)
     dtype: str = knob("bfloat16", "of compute on a GPU", choices=DTYPES, warm_start=True)
     gradient_checkpointing: bool = setting(
         False,
@@ -105,7 +105,7 @@ class TokenLogProbs(NamedTuple):
 class Policy(torch.nn.Module):
     """A causal LM with its tokenizer, and what the sampler and the loss must agree on.
 
-    Under FSDP this module is the root, so its three forward methods are registered in `shard`.
+    Under FSDP this module is the root, so its forward methods are registered in `shard`.
     """
 
     def __init__(self, model, tokenizer):
@@ -114,6 +114,7 @@ class Policy(torch.nn.Module):
         self.tokenizer = tokenizer
         # Where inputs go, which is not where offloaded weights are
         self.device = torch.device("cpu")
+        self.dtype = torch.float32  # that a pass computes in
         self.recomputes = False  # activations, in the backward pass
         # The model that generates in place of this one while its weights are gathered, see
         # `unsharded`. In a list, or torch would take it as a part of this module.
@@ -167,6 +168,10 @@ class Policy(torch.nn.Module):
             return TokenLogProbs(
                 *forward(self, tokens, attention_mask, response_length, temperature, reference)
             )
+
+    def pack_rows(self) -> None:
+        """From now score rows end to end in one, without padding; see fast/agreement.py."""
+        self.fast.pack_rows(self)
 
     def states_for_kl(self, tokens, attention_mask, response_length) -> tuple:
         """What `token_log_probs` of a policy needs of this model as its reference."""
@@ -252,7 +257,8 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(seed, Draw.WEIGHTS).integers(2**31)))
         try:
-            options = {"dtype": torch.float32, "attn_implementation": config.attention}
+            attention = "sdpa" if config.attention == "auto" else config.attention
+            options = {"dtype": torch.float32, "attn_implementation": attention}
             model = AutoModelForCausalLM.from_config(hf_config, **options)
         except (ImportError, ValueError) as error:
             raise BadInput(
@@ -284,6 +290,7 @@ def load(path: str | Path, attention: str = "sdpa", empty: bool = False) -> Poli
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # A bar per loaded file would bury the lines that matter
     transformers_logging.disable_progress_bar()
+    attention = "sdpa" if attention == "auto" else attention
     options = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         hf_config = AutoConfig.from_pretrained(path)

@@ -1,14 +1,28 @@
 """Whether the fast log-probs are those of a model's own logits.
 
 They take the head over the states of the base model for these. Some models scale or cap what the
-head gives, or feed it something else.
+head gives, or feed it something else. And whether rows without padding give the states of rows
+with it, which not every model's attention need do.
 """
 
 import torch
 
+from fast import varlen
 from fast.log_probs import log_probs_of_tokens
+from fast.shared_prompts import states_of_packed_rows, states_of_rows
+from infra.errors import BadInput
+from infra.processes import all_reduce, print0
 
 TOLERANCE = 1e-3  # nats; rounding in fp32 stays below a tenth of it
+# Of states, relative to their size; two rows that see each other differ by about 1
+OF_STATES, IN_HALF = 1e-3, 0.1
+
+
+def two_rows(policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens and attention mask [2, 4] to try a model with; the second row is padded."""
+    tokens = torch.linspace(0, policy.vocab_size - 1, 8, device=policy.device).long().view(2, 4)
+    mask = torch.tensor([[True] * 4, [False] + [True] * 3], device=policy.device)
+    return tokens, mask
 
 
 @torch.no_grad()
@@ -21,8 +35,7 @@ def agrees(policy, plain_log_probs_of_tokens) -> bool:
     head = policy.model.get_output_embeddings()
     if head is None:
         return False
-    tokens = torch.linspace(0, policy.vocab_size - 1, 8).long().view(2, 4)
-    mask = torch.tensor([[True] * 4, [False] + [True] * 3])
+    tokens, mask = two_rows(policy)
     made: list = []
     hooks = [
         module.register_forward_hook(lambda _, __, output: made.append(output))
@@ -44,3 +57,29 @@ def agrees(policy, plain_log_probs_of_tokens) -> bool:
         for hook in hooks:
             hook.remove()
     return torch.allclose(fast, plain, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def pack_rows(policy) -> None:
+    """Set the policy's attention to "varlen", if with it the model gives rows that come end to end
+    in one the states that it gives them one above the other; or leave it, and say so.
+
+    All ranks call it. Raises BadInput where the model cannot run it at all.
+    """
+    config, attention = policy.model.config, policy.model.config._attn_implementation
+    varlen.register()
+    config._attn_implementation = varlen.NAME
+    rows = *two_rows(policy), 2
+    try:
+        packed, padded = states_of_packed_rows(policy, *rows)[0], states_of_rows(policy, *rows)[0]
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(
+            f"model.attention=auto: this model cannot score rows without padding ({reason}); set "
+            f"model.attention={attention}"
+        ) from error
+    tolerance = IN_HALF if packed.dtype in varlen.HALF else OF_STATES
+    apart = torch.tensor(int((packed - padded).norm() <= tolerance * padded.norm()))
+    if not all_reduce(apart, torch.distributed.ReduceOp.MIN):
+        config._attn_implementation = attention
+        print0(f"note: rows are padded, {attention} attention: the model mixes packed ones up")

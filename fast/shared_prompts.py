@@ -8,9 +8,12 @@ token's row and step in [B, T].
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from fast import varlen
 
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache
 # In which the responses of a micro-batch run, by length: fewer pad more, more start more
@@ -25,7 +28,7 @@ def shares_prompts(policy) -> bool:
     rows are packed.
     """
     recomputes = policy.recomputes and torch.is_grad_enabled()
-    return cache_is_divisible(policy.model) and not packs_rows(policy.model) and not recomputes
+    return cache_is_divisible(policy.model) and not packs_rows(policy) and not recomputes
 
 
 def cache_is_divisible(model) -> bool:
@@ -35,9 +38,14 @@ def cache_is_divisible(model) -> bool:
     return all(type(layer) in KEYS_AND_VALUES for layer in DynamicCache(config=model.config).layers)
 
 
-def packs_rows(model) -> bool:
-    """Whether the attention has kernels for rows of different lengths, end to end in one."""
-    return "flash" in model.config._attn_implementation
+def packs_rows(policy) -> bool:
+    """Whether the attention has kernels for rows of different lengths, end to end in one, and for
+    the type that a pass computes in.
+    """
+    attention = policy.model.config._attn_implementation
+    if attention == varlen.NAME:
+        return policy.device.type == "cuda" and policy.dtype in varlen.HALF
+    return "flash" in attention
 
 
 def first_of_each_prompt(tokens, attention_mask, P: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,12 +71,12 @@ def response_states(policy, tokens, attention_mask, response_length):
     """States, rows and steps of a batch, by whichever way is quickest for this model."""
     if shares_prompts(policy):
         return _states_of_groups(policy, tokens, attention_mask, response_length)
-    if packs_rows(policy.model):
-        return _states_of_packed_rows(policy, tokens, attention_mask, response_length)
-    return _states_of_rows(policy, tokens, attention_mask, response_length)
+    if packs_rows(policy):
+        return states_of_packed_rows(policy, tokens, attention_mask, response_length)
+    return states_of_rows(policy, tokens, attention_mask, response_length)
 
 
-def _states_of_rows(policy, tokens, attention_mask, response_length):
+def states_of_rows(policy, tokens, attention_mask, response_length):
     """Every row in full."""
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     backbone = policy.model.base_model
@@ -79,16 +87,24 @@ def _states_of_rows(policy, tokens, attention_mask, response_length):
     return states[rows, steps + tokens.shape[1] - response_length - 1], rows, steps
 
 
-def _states_of_packed_rows(policy, tokens, attention_mask, response_length):
+def states_of_packed_rows(policy, tokens, attention_mask, response_length):
     """Without padding: rows end to end in one, which variable-length attention tells apart by
-    their positions.
+    where each begins.
     """
     rows, columns = attention_mask.nonzero(as_tuple=True)
     positions = (attention_mask.cumsum(1) - 1)[rows, columns]
-    backbone = policy.model.base_model
-    states = backbone(tokens[rows, columns][None], position_ids=positions[None], use_cache=False)[
-        0
-    ][0]
+    lengths = attention_mask.sum(1)
+    begins = F.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    options = {
+        "position_ids": positions[None],
+        "use_cache": False,
+        "cu_seq_lens_q": begins,
+        "cu_seq_lens_k": begins,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    states = policy.model.base_model(tokens[rows, columns][None], **options)[0][0]
     steps = columns - (tokens.shape[1] - response_length)
     responses = (steps >= 0).nonzero()[:, 0]
     return states[responses - 1], rows[responses], steps[responses]

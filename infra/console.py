@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from infra.processes import world_size
+from infra.sharding import compute_dtype
 
 PROGRESS = (  # label, metric, width, digits
     ("reward", "reward/mean", 5, 3),
@@ -52,7 +53,11 @@ def describe(
     )
     system = "with a" if any(problem.system for problem in problems) else "no"
     stops = " ".join(tokenizer.convert_ids_to_tokens(policy.stop_ids))
-    dtype = config.model.dtype if policy.device.type == "cuda" else "float32"
+    dtype = compute_dtype(config.model, policy.device)
+    attention = policy.config._attn_implementation
+    may_pack = policy.fast and config.model.attention == "auto"
+    if may_pack and policy.fast.can_pack(policy, policy.device, dtype):
+        attention = "varlen"  # for what is scored; for what is sampled as before
     # Then logits are no head over states, as fast/ takes them
     plain = "" if policy.has_plain_head else "; log-probs by the plain path"
     refills = f", at most {t.max_refills} refill(s)" if t.max_refills else ""
@@ -66,8 +71,7 @@ def describe(
         "for evaluation"
         f"{programs_line(problems, grader)}",
         f"prompts  {chat}, {system} system prompt; stop {stops} {policy.stop_ids}, pad "
-        f"{policy.pad_id}; {dtype}, "
-        f"{policy.config._attn_implementation} attention{plain}",
+        f"{policy.pad_id}; {str(dtype).removeprefix('torch.')}, {attention} attention{plain}",
         f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
         f"{t.micro_batch_tokens} tokens; "

@@ -47,6 +47,7 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     that share in host memory (the reference's option).
     """
     policy.device = device
+    policy.dtype = compute_dtype(settings, device)
     if settings.gradient_checkpointing:
         # The name is deprecated in the newest transformers; its successor is not in older ones
         with warnings.catch_warnings():
@@ -63,7 +64,7 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     options = {
         "mesh": init_device_mesh(device.type, sizes, mesh_dim_names=names),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=getattr(torch, settings.dtype) if on_gpu else None,
+            param_dtype=None if policy.dtype == torch.float32 else policy.dtype,
             reduce_dtype=torch.float32,
         ),
         "offload_policy": CPUOffloadPolicy() if offload and on_gpu else OffloadPolicy(),
@@ -71,9 +72,18 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     for layer in decoder_layers(policy):
         fully_shard(layer, **options)
     fully_shard(policy, **options)
-    for name in ("generate", "token_log_probs", "states_for_kl"):
+    for name in ("generate", "token_log_probs", "states_for_kl", "pack_rows"):
         register_fsdp_forward_method(policy, name)
+    may_pack = policy.fast and settings.attention == "auto"
+    if may_pack and policy.fast.can_pack(policy, device, policy.dtype):
+        policy.pack_rows()
+        reshard(policy)
     return policy
+
+
+def compute_dtype(settings, device: torch.device) -> torch.dtype:
+    """What a pass computes in: `model.dtype` on a GPU, fp32 on a CPU."""
+    return getattr(torch, settings.dtype) if device.type == "cuda" else torch.float32
 
 
 def decoder_layers(policy) -> list[torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import fast
 import fast.decode
@@ -9,12 +10,14 @@ import fast.grouped_attention
 import fast.log_probs
 import fast.recorded
 import fast.shared_prompts
+import fast.varlen
 import model as model_module
 import pytest
 import torch
 import train
 from data import micro_batch_rows
 from infra import console
+from infra.errors import BadInput
 from model import (
     ModelConfig,
     batch_log_probs,
@@ -33,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import LLAMA, PROMPTS, any_model, hf_model, keys, row_log_probs, rows_of, saved, slow_log_probs, tiny_model
 
 V = len(chain_tokenizer())
-kinds = pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt"])
+KINDS = ("qwen2", "llama", "gpt2", "opt")
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +166,17 @@ def test_a_prompt_run_once_for_its_siblings_gives_the_log_probs_and_gradients_of
     torch.testing.assert_close(shared, values_and_gradients(policy, batch), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("qwen2", "sdpa"), ("llama", "sdpa"), *((kind, "varlen") for kind in KINDS)]
+)
 def test_rows_packed_into_one_without_padding_give_the_log_probs_and_gradients_of_rows_in_full(
-    kind, rollout, monkeypatch
+    kind, attention, rollout, monkeypatch, tmp_path
 ):
-    policy = tiny_model(architecture=kind)
-    # As with a variable-length kernel on a GPU; sdpa masks the rows from each other instead.
+    """With sdpa transformers masks the rows from each other by their positions; with varlen nothing is masked."""
+    policy = any_model(kind, tmp_path)
+    plain = values_and_gradients(policy, rollout, plain_log_probs_of_tokens)
+    fast.varlen.register()
+    policy.config._attn_implementation = attention
     monkeypatch.setattr(fast.shared_prompts, "packs_rows", lambda _: True)
     assert not fast.shares_prompts(policy)
     sizes = []
@@ -175,8 +184,95 @@ def test_rows_packed_into_one_without_padding_give_the_log_probs_and_gradients_o
     packed = values_and_gradients(policy, rollout)
     hook.remove()
     assert sizes == [(1, rollout.attention_mask.sum())]
-    plain = values_and_gradients(policy, rollout, plain_log_probs_of_tokens)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)
+
+
+def row_by_row(query, key, value, ends, keys_end, longest, _, scale):
+    """Causal attention written out: [N, H, D] of rows that end where `ends` says, each head with keys of its own."""
+    assert query.shape[1] == key.shape[1] and ends.dtype == torch.int32 and ends.equal(keys_end)
+    assert longest == ends.diff().max()
+    out = torch.empty_like(query)
+    for start, end in itertools.pairwise(ends.tolist()):
+        for i in range(start, end):
+            weights = (torch.einsum("hd,khd->hk", query[i], key[start : i + 1]) * scale).softmax(-1)
+            out[i] = torch.einsum("hk,khd->hd", weights, value[start : i + 1])
+    return out
+
+
+def of_torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return row_by_row(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
+def of_torch_2_13(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] > k.shape[1])
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return row_by_row(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
+@pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_13])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_kernel_is_asked_for_plain_causal_attention_of_each_row(kernel, heads, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, n, 9, 8, generator=g) for n in (4, heads, heads))
+    begins, module = torch.tensor([0, 2, 3, 9], dtype=torch.int32), torch.nn.Module()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(fast.varlen, "one_by_one", fast.varlen.by_kernel)  # as on a GPU
+    asked = {"cu_seq_lens_q": begins, "max_length_q": 6, "scaling": 0.3, "dropout": 0.0}
+    found, _ = fast.varlen.attention(module, query, key, value, None, **asked, sliding_window=None)
+    module.num_key_value_groups = 4 // heads
+    for start, end in ((0, 2), (2, 3), (3, 9)):
+        row = (x[:, :, start:end] for x in (query, key, value))
+        expected, _ = fast.varlen.attention(module, *row, None, scaling=0.3, is_causal=True)  # sdpa
+        torch.testing.assert_close(found[:, start:end], expected)
+    for refused in ({"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}):
+        with pytest.raises(ValueError, match=next(iter(refused))):
+            fast.varlen.attention(module, query, key, value, None, **asked, **refused)
+
+
+def test_under_the_name_varlen_what_is_padded_or_has_a_cache_is_as_with_sdpa(rollout):
+    policy = tiny_model(architecture="llama")
+    expected, drawn = values_and_gradients(policy, rollout), draw(policy)
+    fast.varlen.register()
+    policy.config._attn_implementation = "varlen"
+    assert fast.shares_prompts(policy)  # on a CPU rows are not packed
+    torch.testing.assert_close(values_and_gradients(policy, rollout), expected, atol=0, rtol=0)
+    for decoding in ("fast", "plain"):
+        assert_same(draw(policy, decoding=decoding), drawn)
+
+
+GPU = torch.device("cuda")
+
+
+def test_only_layers_that_look_back_at_everything_are_packed_and_only_in_half_precision_on_a_gpu(tmp_path):
+    policy = tiny_model()
+    assert fast.can_pack(policy, GPU, torch.bfloat16)
+    assert not fast.can_pack(policy, GPU, torch.float32)
+    assert not fast.can_pack(policy, torch.device("cpu"), torch.bfloat16)
+    for kind, sizes in (("mistral", WINDOW), ("gemma3_text", WINDOW | LAYERS)):
+        windowed = load(saved(hf_model(kind, **LLAMA, **sizes), tmp_path / kind))
+        assert not fast.can_pack(windowed, GPU, torch.bfloat16)
+    policy.config._attn_implementation = "eager"
+    assert not fast.can_pack(policy, GPU, torch.bfloat16)
+
+
+def test_a_model_that_mixes_packed_rows_up_goes_on_with_padded_ones_and_says_so(monkeypatch, capsys):
+    policy = tiny_model()
+    policy.pack_rows()
+    assert policy.config._attn_implementation == "varlen" and not capsys.readouterr().out
+    policy.config._attn_implementation = "sdpa"
+    as_one_row = fast.varlen.one_by_one
+    monkeypatch.setattr(
+        fast.varlen, "one_by_one", lambda q, k, v, ends, *rest: as_one_row(q, k, v, ends[[0, -1]], *rest)
+    )
+    policy.pack_rows()
+    assert policy.config._attn_implementation == "sdpa" and "rows are padded" in capsys.readouterr().out
+    monkeypatch.setattr(fast.varlen, "one_by_one", None)
+    with pytest.raises(BadInput, match=r"set model\.attention=sdpa"):
+        policy.pack_rows()
 
 
 def test_siblings_go_into_one_micro_batch_where_a_pass_runs_their_prompt_once(monkeypatch):
