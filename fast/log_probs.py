@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from fast.shared_prompts import response_states
 from infra.processes import print0
 
-# Never more logits than this are held. On a GPU a chunk is large, for each one reads the whole
-# head and adds to the head's whole gradient: 512 MiB in fp32.
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
+# Never more logits than this are held at a time: 64 MiB of them in fp32 on a CPU, where the chunk
+# itself and two or three of its size count. On a GPU more, for each chunk reads the whole head and
+# adds to the head's whole gradient.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -101,6 +101,89 @@ def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, m
     torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
 
 
+def into_fp32(a, b, out_dtype):
+    """torch.mm on a GPU, by its checks in aten/src/ATen/native/cuda/Blas.cpp: exact here."""
+    assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+    return (a.double() @ b.double()).float()
+
+
+def added_in_fp32(total, a, b, *, out_dtype, out):
+    """torch.addmm there, in place."""
+    assert out is total and total.dtype == torch.float32
+    return total.add_(into_fp32(a, b, out_dtype))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_on_a_gpu_the_heads_products_of_bfloat16_are_rounded_to_fp32_alone(with_bias, monkeypatch):
+    """Against float64 on the same bfloat16 states and head: log-probs are off by fp32's rounding, not bfloat16's."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(30, 16, generator=g).bfloat16(), torch.randn(V + 3, 16, generator=g).bfloat16()
+    bias, targets = torch.randn(V + 3, generator=g).bfloat16(), torch.randint(V, (30,), generator=g)
+    loss_weights = torch.linspace(-1, 1, 30)
+
+    def values(dtype):
+        given = [x.to(dtype).clone().requires_grad_() for x in (hidden, weight, *([bias] if with_bias else []))]
+        found = fast.log_probs._TokenLogProbs.apply(*given[:2], given[2] if with_bias else None, targets, 0.7, V)
+        (found[0] * loss_weights).sum().backward()
+        return *(x.detach().double() for x in found), *(x.grad.double() for x in given)
+
+    monkeypatch.setitem(fast.log_probs.LOGITS_AT_ONCE, "cpu", 7 * V)
+    exact, rounded = values(torch.float64), values(torch.bfloat16)
+    mm = torch.mm
+    monkeypatch.setattr(fast.log_probs, "_multiplies_into_fp32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, **how: into_fp32(a, b, **how) if "out_dtype" in how else mm(a, b, **how)
+    )
+    monkeypatch.setattr(torch, "addmm", added_in_fp32)
+    found = values(torch.bfloat16)
+    torch.testing.assert_close(found[:2], exact[:2], atol=1e-5, rtol=1e-5)
+    assert (rounded[0] - exact[0]).abs().max() > 1e-3
+    torch.testing.assert_close(found[2:], exact[2:], atol=0.1, rtol=1e-2)  # they are given in bfloat16
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_what_a_gpu_compiles_is_one_graph_and_gives_what_is_written(kl, monkeypatch):
+    """By dynamo and functionalisation, without a code generator: that takes a compiler and half a minute."""
+    g = torch.Generator().manual_seed(0)
+    compile_for_gpu = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **how: compile_for_gpu(f, fullgraph=True, backend="aot_eager", **how)
+    )
+    fast.log_probs.in_few_passes.cache_clear()
+    values_of, gradient_of = (
+        fast.log_probs.in_few_passes(body, "cuda")
+        for body in (fast.log_probs.values_of_chunk, fast.log_probs.gradient_of_chunk)
+    )
+    for n in (5, 3):
+        logits, theirs, targets = (*torch.randn(2, n, V, generator=g), torch.randint(V, (n,), generator=g))
+        given, theirs = logits.clone(), theirs if kl else None
+        values = fast.log_probs.values_of_chunk(logits, targets, theirs)
+        torch.testing.assert_close(values_of(logits, targets, theirs), values, atol=0, rtol=0)
+        assert logits.equal(given)  # a write to them would be one more pass
+        of_kl = (theirs, values[3][:, None], torch.full((n, 1), 0.3)) if kl else ()
+        how = (values[2][:, None], targets[:, None], torch.full((n, 1), 0.7), torch.bfloat16, *of_kl)
+        assert gradient_of(logits, *how).equal(fast.log_probs.gradient_of_chunk(logits, *how)) and logits.equal(given)
+    fast.log_probs.in_few_passes.cache_clear()
+
+
+def test_where_torch_compile_does_not_work_the_run_goes_on_as_written_and_says_so_once(monkeypatch, capsys):
+    def failing(body, **_):
+        def compiled(*_):
+            raise torch._dynamo.exc.BackendCompilerFailed(compiled, RuntimeError("no C compiler"), None)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    fast.log_probs.in_few_passes.cache_clear()
+    logits, targets = torch.randn(3, V), torch.tensor([0, 1, 2])
+    values_of = fast.log_probs.in_few_passes(fast.log_probs.values_of_chunk, "cuda")
+    for _ in range(2):
+        expected = fast.log_probs.values_of_chunk(logits, targets)
+        torch.testing.assert_close(values_of(logits, targets), expected, atol=0, rtol=0)
+    assert capsys.readouterr().out.count("torch.compile does not work here") == 1
+    fast.log_probs.in_few_passes.cache_clear()
+
+
 def two_models(kind, tmp_path):
     """A policy and a frozen reference that differ, in double."""
     policy, reference = any_model(kind, tmp_path / "a").double(), any_model(kind, tmp_path / "b").double()
