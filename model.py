@@ -40,6 +40,7 @@ from data import micro_batch_rows
 from infra.checkpoints import saved_tensors
 from infra.config import Block, knob, setting
 from infra.errors import BadInput, RunStopped
+from infra.precision import computing_in
 from infra.processes import all_reduce, on_first_rank, rank, world_size
 from infra.rng import Draw, rng_for
 from infra.sharding import reshard
@@ -454,20 +455,21 @@ def micro_batches(
 
 @torch.no_grad()
 def batch_log_probs(
-    policy: Policy, batch: Batch, temperature: float, max_tokens: int
+    policy: Policy, batch: Batch, temperature: float, max_tokens: int, finer: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_log_probs` of a whole Batch, without gradients -> log_probs, entropy [B, T] on CPU; 0
-    where masked.
+    where masked. `finer`: what they are computed in, see infra/precision.py.
 
     The ranks share the rows; each row is one rank's and reaches the others exactly, as a sum with
     zeros.
     """
     both = torch.zeros(2, *batch.mask.shape)
-    for rows, part in micro_batches(policy, batch, max_tokens):
-        log_probs, entropy, _ = token_log_probs(policy, part, temperature)
-        for whole, values in zip(both, (log_probs, entropy), strict=True):
-            whole[rows, : values.shape[1]] = values[: len(rows)].cpu().float()
-    reshard(policy)
+    with computing_in(policy, finer):
+        for rows, part in micro_batches(policy, batch, max_tokens):
+            log_probs, entropy, _ = token_log_probs(policy, part, temperature)
+            for whole, values in zip(both, (log_probs, entropy), strict=True):
+                whole[rows, : values.shape[1]] = values[: len(rows)].cpu().float()
+        reshard(policy)
     log_probs, entropy = all_reduce(both)
     return log_probs, entropy
 

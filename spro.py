@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHT_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")
+PROCESS_DTYPES = ("tf32", "float32", "bfloat16")
 MAX_LOG_RATIO = 20.0  # one runaway token must not overflow: inf x 0 would be NaN for the whole step
 KL_ESTIMATORS = {  # of KL(policy || reference), from d = log policy - log reference of the token
     "k1": lambda d: d,
@@ -52,6 +53,9 @@ class AlgorithmConfig:
     keep_accuracy: tuple[float, float] = _knob((0.0, 1.0), "bounds of a kept group's mean verdict")
     kl_coef: float = _knob(0.0, "times KL(policy || reference) in the loss; below 0: a bonus")
     kl_estimator: str = _knob("exact", "of that KL: exact, or of the sampled token: k1, k2, k3")
+    process_dtype: str = _knob(
+        "tf32", "of the process reward's log-probs where model.dtype is bfloat16"
+    )
     line_end: str = _knob("\n", "text that ends a line, the step of spro_line")
 
     def __post_init__(self):
@@ -70,6 +74,10 @@ class AlgorithmConfig:
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r}: choose one of exact, "
                 f"{', '.join(KL_ESTIMATORS)}"
+            )
+        if self.process_dtype not in PROCESS_DTYPES:
+            raise ValueError(
+                f"process_dtype={self.process_dtype!r}: choose one of {', '.join(PROCESS_DTYPES)}"
             )
         if not self.line_end:
             raise ValueError("line_end is empty: give the text that ends a line")
@@ -146,7 +154,8 @@ def estimator(*needs: str, additive: bool = True):
         def estimate(batch: "Batch", algo: AlgorithmConfig) -> Tensor:
             by_group(batch.mask, batch.group_size)  # raises where siblings do not stand together
             if "reference" in needs and batch.ref_log_probs is None and algo.beta == 0:
-                batch = replace(batch, ref_log_probs=batch.log_probs)  # beta 0 loads no reference
+                # beta 0 loads no reference
+                batch = replace(batch, ref_log_probs=batch.policy_log_probs)
             for need, name in (("reference", "ref_log_probs"), ("lines", "step_ids")):
                 if need in needs and getattr(batch, name) is None:
                     raise ValueError(f"{formula.__name__} needs {name} [B, T] in its batch")
@@ -173,7 +182,7 @@ def spro_advantage(batch, algo):
     equal rewards has outcome 0 but, unlike in GRPO, still a step term: whether such groups are used
     is `keep_accuracy`'s choice.
     """
-    process_rewards = process_reward(batch.log_probs, batch.ref_log_probs, algo.beta)
+    process_rewards = process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta)
     cpr = cumulative_process_reward(process_rewards, batch.mask)
     msa = masked_step_advantage(cpr, batch.mask, batch.group_size)
     return outcome_advantage(batch.rewards, batch.group_size)[:, None] + msa
@@ -360,6 +369,7 @@ class Batch:
     log_probs: Tensor | None = per_step()  # of the policy that sampled: the loss's "old" ones
     entropy: Tensor | None = per_step()  # nats
     ref_log_probs: Tensor | None = per_step()  # None without a reference
+    fine_log_probs: Tensor | None = per_step()  # log_probs in ref_log_probs' type, if it is finer
     # 4. Advantage
     process_log_probs: Tensor | None = per_step()  # of a PRM; None: the policy is its own
     step_ids: Tensor | None = per_step()  # numbers each response's lines from 0
@@ -372,6 +382,11 @@ class Batch:
     def __len__(self) -> int:
         """B"""
         return len(self.mask)
+
+    @property
+    def policy_log_probs(self) -> Tensor:
+        """The policy's, as far as they are compared with the reference's. [B, T]"""
+        return self.log_probs if self.fine_log_probs is None else self.fine_log_probs
 
     @property
     def prompt_length(self) -> int:

@@ -30,7 +30,7 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import diagnostics, line_steps, prime, supervised
+from baselines import against_reference, diagnostics, line_steps, prime, supervised
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
 from data import DataConfig
@@ -228,10 +228,8 @@ def train(
             how = (learned, s.temperature, t.micro_batch_tokens)
             if t.old_log_probs == "recompute":
                 log_probs, entropy = model.batch_log_probs(policy, *how)
-            ref_log_probs = None if reference is None else model.batch_log_probs(reference, *how)[0]
-            learned = replace(
-                learned, log_probs=log_probs, entropy=entropy, ref_log_probs=ref_log_probs
-            )
+            learned = replace(learned, log_probs=log_probs, entropy=entropy)
+            learned = against_reference.scored(policy, reference, learned, config)
 
         if processes.stop_requested():  # nothing has changed since the last step: drop this one
             break

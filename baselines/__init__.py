@@ -60,7 +60,7 @@ def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor
     """
     if not getattr(ADVANTAGES[name], "additive", True):
         return None
-    silent = replace(batch, ref_log_probs=batch.log_probs, process_log_probs=None)
+    silent = replace(batch, ref_log_probs=batch.policy_log_probs, process_log_probs=None)
     return advantage(name, silent, algo)
 
 

@@ -17,7 +17,7 @@ from spro import (
 
 def step_cpr(batch, algo) -> torch.Tensor:
     """Cumulative process reward of each token, Eq. 11. [B, T]."""
-    process_rewards = process_reward(batch.log_probs, batch.ref_log_probs, algo.beta)
+    process_rewards = process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta)
     return cumulative_process_reward(process_rewards, batch.mask)
 
 
@@ -40,7 +40,7 @@ def spro_loo_advantage(batch, algo):
 @estimator("reference")
 def spro_local_advantage(batch, algo):
     """SPRO without the sum of Eq. 11: MSA of the current token's process reward alone."""
-    process_rewards = process_reward(batch.log_probs, batch.ref_log_probs, algo.beta)
+    process_rewards = process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta)
     return grpo_advantage(batch, algo) + masked_step_advantage(
         process_rewards, batch.mask, batch.group_size
     )
@@ -75,7 +75,7 @@ def spro_line_advantage(batch, algo):
 
     `step_ids` [B, T] numbers each response's lines from 0.
     """
-    process_rewards = process_reward(batch.log_probs, batch.ref_log_probs, algo.beta)
+    process_rewards = process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta)
     ids = torch.where(batch.mask, batch.step_ids, 0)
     line_rewards, line_mask = sums_by_line(process_rewards, batch.mask, ids)
     cpr = cumulative_process_reward(line_rewards, line_mask)

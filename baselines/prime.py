@@ -115,7 +115,9 @@ def mean_of_others(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def process_rewards_and_means(batch: Batch, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Process rewards, 0 where masked [B, T], and their mean over each response's tokens [B]."""
-    log_probs = batch.log_probs if batch.process_log_probs is None else batch.process_log_probs
+    log_probs = batch.process_log_probs
+    if log_probs is None:
+        log_probs = batch.policy_log_probs
     process_rewards = torch.where(
         batch.mask, process_reward(log_probs, batch.ref_log_probs, beta), 0.0
     )

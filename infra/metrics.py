@@ -114,7 +114,7 @@ def token_metrics(batch, outcome: torch.Tensor | None) -> dict[str, float]:
         "sampler_gap": (batch.log_probs - batch.sampler_log_probs)[live].abs().max().item(),
     }
     if batch.ref_log_probs is not None:
-        metrics["kl/ref"] = (batch.log_probs - batch.ref_log_probs)[live].mean().item()
+        metrics["kl/ref"] = (batch.policy_log_probs - batch.ref_log_probs)[live].mean().item()
     if outcome is not None:
         metrics["advantage/outcome_abs"] = outcome[live].abs().mean().item()
     if outcome is not None and batch.ref_log_probs is not None:

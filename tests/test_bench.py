@@ -13,6 +13,7 @@ HAS_TRL = all(map(importlib.util.find_spec, ("trl", "datasets", "accelerate")))
 COMMANDS = {
     "step": ["step.py", "--tiny", "--ours-only", "--pairs", "1", "--lengths", "ragged"],
     "logprob_memory": ["logprob_memory.py", "--tiny"],
+    "precision": ["precision.py", "--tiny"],
     "floor": ["floor.py", "--tiny"],
     "supervised": ["supervised.py", "--tiny", "--steps", "1"],
     "scaling": ["scaling.py", "--tiny", "--steps", "1"],
@@ -49,6 +50,11 @@ def test_a_step_is_divided_into_stages_that_add_up(figures):
 def test_scoring_by_chunks_gives_the_values_and_gradients_of_the_plain_way(figures):
     errors = figures["logprob_memory"]["errors"]
     assert errors["log-prob"] < 1e-5 and errors["entropy, relative"] < 1e-5 and errors["gradient, relative"] < 1e-4
+
+
+def test_the_finer_the_type_the_less_noise_in_a_log_ratio(figures):
+    noise = {name: row["per token"] for name, row in figures["precision"].items()}
+    assert noise["float32"] < noise["TF32"] / 10 < noise["bfloat16"] / 30 < noise["true"] / 2
 
 
 def test_no_pass_exceeds_the_measured_peak(figures):

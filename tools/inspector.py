@@ -190,9 +190,11 @@ def with_terms(kept: list[dict], config: dict) -> str:
     outcome, check = recomputed(batch, algo.advantage, algo)
     values = {"advantage": batch.advantages, "outcome": outcome}
     if batch.ref_log_probs is not None:
-        cpr = cumulative_process_reward(process_reward(batch.log_probs, batch.ref_log_probs, algo.beta), batch.mask)
+        cpr = cumulative_process_reward(
+            process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta), batch.mask
+        )
         msa = masked_step_advantage(cpr, batch.mask, batch.group_size)
-        values |= {"msa": msa, "cpr": cpr, "log_ratio": batch.log_probs - batch.ref_log_probs}
+        values |= {"msa": msa, "cpr": cpr, "log_ratio": batch.policy_log_probs - batch.ref_log_probs}
     for i, line in enumerate(kept):
         line["values"] = {name: value[i, : len(line["piece"])] for name, value in values.items()}
     return check
