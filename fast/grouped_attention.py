@@ -12,25 +12,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
+from fast import varlen
+
 NAME = "grouped sdpa"
 
 
 @contextmanager
 def grouped_attention(model):
     """While it lasts, a model whose attention is sdpa decodes by `attend`, where transformers would
-    copy.
+    copy. So does one that packs the rows that it scores: the rows that it samples are padded.
     """
-    config = model.config
-    if config._attn_implementation != "sdpa" or hasattr(sdpa_attention, "pack_gqa"):
+    config, attention = model.config, model.config._attn_implementation
+    if attention not in ("sdpa", varlen.NAME):
         yield
         return
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    config._attn_implementation = NAME
+    copies = not hasattr(sdpa_attention, "pack_gqa")
+    config._attn_implementation = NAME if copies else "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = attention
 
 
 def attend(module, query, key, value, attention_mask, **options):

@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from fast.decode import decode_groups, ended
 from fast.grouped_attention import grouped_attention
-from fast.shared_prompts import packs_rows
 from infra.errors import first_sentences, is_out_of_memory
 from infra.processes import print0
 
@@ -32,8 +31,9 @@ unrecordable: list[str] = []  # why the step could not be recorded; then it is n
 
 def decoding_loop(policy):
     """The loop for `generate` that is the quickest on the policy's device."""
-    # Attention that packs rows asks how many tokens each has, which cannot be recorded
-    records = policy.device.type == "cuda" and not packs_rows(policy.model)
+    # flash_attention_2 asks how many tokens each row has, which cannot be recorded
+    asks = "flash" in policy.config._attn_implementation
+    records = policy.device.type == "cuda" and not asks
     loop = decode_recorded if records else decode_groups
 
     @functools.wraps(loop)

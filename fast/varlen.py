@@ -74,14 +74,20 @@ def by_kernel(query, key, value, cu_seq_lens, longest: int, scale: float | None)
     """query [N, H, D], key and value [N, Hkv, D] -> [N, H, D]."""
     from torch.nn.attention import varlen
 
-    options = {"window_size": (-1, 0)}  # causal
+    # What it is told of has grown from release to release
+    known = inspect.signature(varlen.varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale is not None:  # it divides by the root of the width
+        query = query * (scale * query.shape[-1] ** 0.5)
     groups = query.shape[1] // key.shape[1]
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+    if "enable_gqa" in known:
         options["enable_gqa"] = groups > 1
-    elif groups > 1:  # torch 2.11
+    elif groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     ends = (cu_seq_lens, cu_seq_lens, longest, longest)
-    return varlen.varlen_attn(query, key, value, *ends, scale=scale, **options)
+    return varlen.varlen_attn(query, key, value, *ends, **options)
 
 
 def one_by_one(query, key, value, cu_seq_lens, longest: int, scale: float | None):
