@@ -49,7 +49,7 @@ from infra.run_folder import append_line
 from model import Policy
 from rewards import Grader, RewardConfig
 from rewards.benchmark_metrics import benchmark_metrics, whole_problems, wilson_interval
-from sample import SampleConfig, context_left, open_run, sample
+from sample import SampleConfig, context_left, open_run, sample, with_stop_strings
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem, problems_hash
 
@@ -181,6 +181,7 @@ def benchmark(args) -> None:
     grader = grader_named(args.grader, reward)
     sampling = saved_block(SampleConfig, config or {"sample": {"max_new_tokens": 3072}}, "sample")
     sampling = replace(sampling, max_new_tokens=args.max_new_tokens or sampling.max_new_tokens)
+    sampling = with_stop_strings(sampling, args.stop)
     longest = sampling.max_new_tokens
     problems, prompts, of_all = benchmark_prompts(args, grader, policy, config, longest)
     settings = benchmark_settings(args, bool(config), reward, sampling)
@@ -239,6 +240,7 @@ def benchmark_settings(args, is_run: bool, reward: RewardConfig, sampling: Sampl
         "code_fraction": reward.code_fraction
     }
     settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": args.seed or 0}
+    settings["stop"] = sampling.stop
     folder = Path(args.run_or_model, "model" if is_run else "")
     # Trained on, it is another model
     settings["model_saved"] = folder.stat().st_mtime if folder.is_dir() else None
@@ -331,7 +333,7 @@ def held_out_accuracy(args) -> None:
     print(f"response length   {metrics['eval/response_length']:.1f} tokens")
 
 
-def main() -> None:
+def parse_arguments():
     parser = Parser(description="Accuracy on a run's held-out prompts, or on a benchmark.")
     parser.add_argument(
         "run_or_model",
@@ -350,6 +352,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's, else 3072")
     parser.add_argument(
+        "--stop", help="as sample.stop, '[\"\\n\\n\"]'; default: the run's, else none"
+    )
+    parser.add_argument(
         "--prompt", default="", help="text around {question}; default: the benchmark's own"
     )
     parser.add_argument("--system-prompt", default="", help="default: the run's")
@@ -361,7 +366,11 @@ def main() -> None:
     parser.add_argument(
         "--regrade", metavar="OUTPUTS", help="grade saved outputs again; loads no model"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.temperature < 0 or (args.samples > 1 and not args.temperature):
         raise BadInput("--temperature must not be negative, and several --samples need one above 0")
     if min(args.samples, *(1 if n is None else n for n in (args.limit, args.max_new_tokens))) < 1:
@@ -371,10 +380,11 @@ def main() -> None:
     if (
         not args.benchmark
         and not args.regrade
-        and (args.samples > 1 or args.temperature or args.max_new_tokens)
+        and (args.samples > 1 or args.temperature or args.max_new_tokens or args.stop is not None)
     ):
         raise BadInput(
-            "--samples, --temperature and --max-new-tokens are a --benchmark's: a run has its own"
+            "--samples, --temperature, --max-new-tokens and --stop are a --benchmark's: a run has "
+            "its own"
         )
     if args.regrade:
         regrade(args)

@@ -14,6 +14,7 @@ response goes on differently. docs/algorithm.md says how often.
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from data import DataConfig, apply_prompt, encode_prompts, load_problems
-from infra.config import Block, knob, saved_block, saved_config, setting
+from infra.config import (
+    Block,
+    all_keys,
+    build_config,
+    knob,
+    override,
+    saved_block,
+    saved_config,
+    setting,
+)
 from infra.errors import BadInput, Parser, RunStopped
 from infra.memory import free_bytes, tokens_that_fit
 from infra.processes import choose_threads, command_line, map_over_ranks
@@ -33,6 +48,7 @@ from model import ModelConfig, Policy, fast, load
 from rewards import Grader, RewardConfig
 from spro import Batch
 from tasks.problem import Problem
+from tasks.responses import EndOfResponse
 
 BLOCK = 512  # tokens of a large vocabulary that are summed at once to find the sampled one
 
@@ -41,6 +57,7 @@ BLOCK = 512  # tokens of a large vocabulary that are summed at once to find the 
 class SampleConfig(Block):
     group_size: int = knob(8, "G: responses per prompt")
     max_new_tokens: int = knob(110, "a response that is longer is cut, and counted", least=1)
+    stop: list[str] = knob([], "texts that end a response too, and are cut off what is graded")
     temperature: float = knob(1.0, "of the sampled softmax, and of the log-probs in training")
     batch_tokens: int = setting(
         0,
@@ -67,6 +84,15 @@ class SampleConfig(Block):
             raise ValueError(
                 f"temperature={self.temperature} must be positive (evaluation is also done "
                 "greedily)"
+            )
+        if "" in self.stop:
+            raise ValueError(
+                f"stop={self.stop} holds an empty text, which would end every response at once"
+            )
+        if any(re.fullmatch(r"(\\[nrt])+", string) for string in self.stop):
+            raise ValueError(
+                f"stop={self.stop} holds backslashes and letters, no line ends: write those in "
+                """double quotes, and all in single ones: sample.stop='["\\n\\n"]'"""
             )
 
 
@@ -244,6 +270,7 @@ def _sample_rows(policy: Policy, prompts, keys, config: SampleConfig, temperatur
     sampler = InverseCDF(
         uniforms(keys, config.max_new_tokens).to(device), temperature, P, policy.vocab_size
     )
+    end = EndOfResponse(policy, config.stop, P)
     ids_given, mask_given, loop = ids, prompt_mask, {}
     if config.decoding == "fast" and fast and fast.can_decode(policy):
         # Each different prompt once; the loop continues it for every row that has it.
@@ -261,15 +288,17 @@ def _sample_rows(policy: Policy, prompts, keys, config: SampleConfig, temperatur
         # A sharded model is unsharded now, so that ranks need not wait for each other
         synced_gpus=False,
         logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([end]),
         **loop,
-    ).cpu()
-    responses = tokens[:, P:]
-    T = responses.shape[1]
-    stops = torch.isin(responses, torch.tensor(policy.stop_ids))
+    )
+    stops = end.ends(tokens[:, P:]).cpu()
+    tokens = tokens.cpu()
+    T = stops.shape[1]
     truncated = ~stops.any(1)
-    lengths = torch.where(truncated, T, stops.int().argmax(1) + 1)  # the first stop token is inside
+    # The token that ends it is inside
+    lengths = torch.where(truncated, T, stops.int().argmax(1) + 1)
     mask = torch.arange(T) < lengths[:, None]
-    live = [row[:n] for row, n in zip(responses.tolist(), lengths.tolist(), strict=True)]
+    live = [row[:n] for row, n in zip(tokens[:, P:].tolist(), lengths.tolist(), strict=True)]
     return Batch(
         tokens=tokens,
         attention_mask=torch.cat([prompt_mask, mask], 1),
@@ -277,7 +306,7 @@ def _sample_rows(policy: Policy, prompts, keys, config: SampleConfig, temperatur
         sampler_log_probs=torch.where(mask, sampler.log_probs[:, :T].cpu(), 0.0),
         sampler_entropy=torch.where(mask, sampler.entropy[:, :T].cpu(), 0.0),
         truncated=truncated,
-        texts=tuple(policy.tokenizer.decode(row, skip_special_tokens=True) for row in live),
+        texts=tuple(map(end.text, live)),
     )
 
 
@@ -350,6 +379,18 @@ def encode_own_prompt(
     return ids
 
 
+def with_stop_strings(config: SampleConfig, argument: str | None) -> SampleConfig:
+    """The config with what --stop says, in the words of `sample.stop=` on train.py's command line.
+    Raises BadInput where it is no list of texts.
+    """
+    if argument is None:
+        return config
+    values: dict = {}
+    override(values, f"stop={argument}", SampleConfig)
+    given = build_config(SampleConfig, values, all_keys(SampleConfig), "sample.")
+    return replace(config, stop=given.stop)
+
+
 def parse_arguments():
     parser = Parser(description="Print what a model writes.")
     parser.add_argument("run_or_model", help="a run folder, or a model folder or Hub id")
@@ -359,6 +400,7 @@ def parse_arguments():
     )
     parser.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's")
+    parser.add_argument("--stop", help="as sample.stop, '[\"\\n\\n\"]'; default: the run's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if min(args.temperature or 0, args.seed) < 0:
@@ -373,6 +415,7 @@ def main() -> None:
     policy, config = open_run(args.run_or_model)
     settings = saved_block(SampleConfig, config, "sample")
     settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
+    settings = with_stop_strings(settings, args.stop)
     data_config = saved_block(DataConfig, config, "data")
     grader = Grader(saved_block(RewardConfig, config, "reward"))
     problems = []

@@ -51,11 +51,6 @@ class RoomyLayer(DynamicLayer):
         self.room = None
 
 
-def ended(chosen: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
-    """Which of the rows' new tokens [b] end their response. -> bool [b]."""
-    return (chosen[:, None] == stops).any(1)
-
-
 def decode_groups(
     model,
     input_ids,
@@ -72,9 +67,9 @@ def decode_groups(
 
     Each prompt is run once and its keys and values are repeated for its siblings; whenever a
     quarter of the rows has stopped since the last time, those leave the batch. `logits_processor`
-    ends with an InverseCDF of B rows.
+    ends with an InverseCDF of B rows, `stopping_criteria` with an EndOfResponse.
     """
-    sampler = logits_processor[-1]
+    sampler, end = logits_processor[-1], stopping_criteria[-1]
     mask = prompt_mask
     cache = DynamicCache(config=model.config)
     cache.layers = [
@@ -93,13 +88,12 @@ def decode_groups(
     pad = generation_config.pad_token_id
     out = input_ids.new_full((len(source), P + steps), pad)
     out[:, :P] = input_ids[source]
-    stops = torch.tensor(generation_config.eos_token_id, device=out.device)
     rows = torch.arange(len(source), device=out.device)
     going = torch.ones_like(source, dtype=torch.bool)
     for step in range(steps):
         chosen = torch.where(going, sampler.choose(logits, rows, step), pad)
         out[rows, P + step] = chosen
-        going = going & ~ended(chosen, stops)
+        going = going & ~end.ends(out[:, P : P + step + 1], step, rows)[:, 0]
         alive = int(going.sum())
         if not alive or step + 1 == steps:
             return out[:, : P + step + 1]

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from fast.decode import decode_groups, ended
+from fast.decode import decode_groups
 from fast.grouped_attention import grouped_attention
 from infra.errors import first_sentences, is_out_of_memory
 from infra.processes import print0
@@ -80,9 +80,11 @@ def decode_recorded(
     **_,
 ) -> torch.Tensor:
     """A loop for `generate`, like `decode_groups`: prompts [n, P] and their mask -> ids [B, P + T];
-    row b continues prompt source[b]. `logits_processor` ends with an InverseCDF of B rows.
+    row b continues prompt source[b]. `logits_processor` ends with an InverseCDF of B rows,
+    `stopping_criteria` with an EndOfResponse.
     """
-    rows = Rows(model, cache_argument, logits_processor[-1], generation_config)
+    how = (logits_processor[-1], stopping_criteria[-1], generation_config)
+    rows = Rows(model, cache_argument, *how)
     rows.start(input_ids, prompt_mask, source)
     responses = rows.decode()
     return torch.cat([input_ids[source], responses], 1)
@@ -91,13 +93,13 @@ def decode_recorded(
 class Rows:
     """The rows that are decoded together, R of B, with all that goes on from token to token."""
 
-    def __init__(self, model, cache_argument: str, sampler, generation_config):
+    def __init__(self, model, cache_argument: str, sampler, end, generation_config):
         self.model = model
         self.cache_argument = cache_argument
         self.sampler = sampler
+        self.end = end
         self.T = generation_config.max_new_tokens
         self.pad = generation_config.pad_token_id
-        self.stops = torch.tensor(generation_config.eos_token_id, device=model.device)
 
     def start(self, prompts, prompt_mask, source) -> None:
         """Run each prompt once, and lay out keys, values and all else for its rows."""
@@ -151,7 +153,7 @@ class Rows:
         chosen = torch.where(self.going, chosen, self.pad)
         self.out[self.rows, self.token] = chosen
         self.longest += self.going.any()
-        self.going &= ~ended(chosen, self.stops)
+        self.going &= ~self.end.is_stop_id(chosen)
         self.mask.index_fill_(1, self.column, 1)
         self.position += 1
         width = self.layers[0].width
@@ -183,6 +185,7 @@ class Rows:
                 for _ in range(steps):
                     again()
                 done += steps
+                self.look_for_strings(done - steps, done)
                 alive = int(self.going.sum())
                 if not alive:
                     return self.out[:, : int(self.longest)]
@@ -190,6 +193,13 @@ class Rows:
                     self.keep(max(FEWEST_ROWS, 2 ** (alive - 1).bit_length()))
                     break
         return self.out[:, : int(self.longest)]
+
+    def look_for_strings(self, start: int, stop: int) -> None:
+        """Rows in whose tokens start..stop a stop string ended go on no longer. What they wrote
+        behind it is masked in the end.
+        """
+        if self.end.strings:
+            self.going &= ~self.end.ends(self.out[:, :stop], start, self.rows).any(1)
 
     def keep(self, n: int) -> None:
         """The rows that go on, and as many of the others as make n."""

@@ -55,8 +55,8 @@ def knob(
         "lowers": lowers or {},
         "free": free,
     }
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -167,13 +167,15 @@ def typed(value, kind, key: str):
             number = math.nan
         if math.isfinite(number):
             return number
+    elif get_origin(kind) is list:
+        if type(value) is list and all(type(item) in get_args(kind) for item in value):
+            return savable(value, key)
     elif type(value) is kind:
         return savable(value, key)
-    wanted = (
-        f"a list of {len(get_args(kind))} numbers"
-        if get_origin(kind) is tuple
-        else f"of type {kind.__name__}"
-    )
+    wanted = {
+        tuple: f"a list of {len(get_args(kind))} numbers",
+        list: 'a list of texts, as in ["a", "b"]',
+    }.get(get_origin(kind)) or f"of type {kind.__name__}"
     quotes = "; in a YAML, put it in quotes" if kind is str else ""
     raise BadInput(f"config: {key} must be {wanted}, not {value!r}{quotes}")
 

@@ -53,6 +53,7 @@ def describe(
     )
     system = "with a" if any(problem.system for problem in problems) else "no"
     stops = " ".join(tokenizer.convert_ids_to_tokens(policy.stop_ids))
+    strings = "".join(f" or at {string!r}" for string in s.stop)
     dtype = compute_dtype(config.model, policy.device)
     attention = policy.config._attn_implementation
     may_pack = policy.fast and config.model.attention == "auto"
@@ -70,7 +71,7 @@ def describe(
         f"data     {config.data.source}: {len(problems)} training prompts, {n_held_out} held out "
         "for evaluation"
         f"{programs_line(problems, grader)}",
-        f"prompts  {chat}, {system} system prompt; stop {stops} {policy.stop_ids}, pad "
+        f"prompts  {chat}, {system} system prompt; stop {stops} {policy.stop_ids}{strings}, pad "
         f"{policy.pad_id}; {str(dtype).removeprefix('torch.')}, {attention} attention{plain}",
         f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
