@@ -46,6 +46,7 @@ from infra.processes import (
 )
 from infra.rng import Draw
 from infra.run_folder import append_line
+from infra.waiting import counted, stage
 from model import Policy
 from rewards import Grader, RewardConfig
 from rewards.benchmark_metrics import benchmark_metrics, whole_problems, wilson_interval
@@ -65,6 +66,7 @@ class EvalConfig(Block):
 
 
 @enough_memory("evaluate")
+@stage("evaluate")
 def evaluate(
     policy: Policy,
     problems: list[Problem],
@@ -82,7 +84,8 @@ def evaluate(
     """
     keys = [(seed, Draw.EVALUATE, i) for i in range(len(prompts))]
     metrics = {}
-    for name, temperature in (("eval/accuracy", config.temperature), ("eval/accuracy_greedy", 0.0)):
+    ways = (("eval/accuracy", config.temperature), ("eval/accuracy_greedy", 0.0))
+    for name, temperature in counted(ways, "pass"):
         batch = sample(policy, prompts, keys, config, group_size=1, temperature=temperature)
         verdicts = map_over_ranks(grader.grade, list(zip(problems, batch.texts, strict=True)))
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]

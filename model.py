@@ -44,6 +44,7 @@ from infra.precision import computing_in
 from infra.processes import all_reduce, on_first_rank, rank, world_size
 from infra.rng import Draw, rng_for
 from infra.sharding import reshard
+from infra.waiting import counted, stage
 from spro import Batch
 
 # The same numbers sooner; where the folder has been deleted, the plain paths below do all the work.
@@ -269,6 +270,7 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
     return Policy(model, tokenizer)
 
 
+@stage("load")
 def load(path: str | Path, attention: str = "sdpa", empty: bool = False) -> Policy:
     """The model and tokenizer of a folder or Hub id, in fp32. Raises BadInput where there is no
     causal LM.
@@ -443,7 +445,7 @@ def micro_batches(
     )
     passes = -(-len(lists) // world_size())
     mine = lists[rank() :: world_size()]
-    for rows in mine:
+    for rows in counted(mine, "micro-batch"):
         yield rows, batch.select(rows).trim().to(policy.device)
     for _ in range(passes - len(mine)):
         filler = batch.select(torch.tensor([0])).trim().to(policy.device)

@@ -44,6 +44,7 @@ from infra.errors import BadInput, Parser, RunStopped
 from infra.memory import free_bytes, tokens_that_fit
 from infra.processes import choose_threads, command_line, map_over_ranks
 from infra.rng import Draw, rng_for
+from infra.waiting import count, counted, stage
 from model import ModelConfig, Policy, fast, load
 from rewards import Grader, RewardConfig
 from spro import Batch
@@ -138,7 +139,9 @@ class InverseCDF(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(scores), device=scores.device)
-        chosen = self.choose(scores, rows, input_ids.shape[1] - self.prompt_length)
+        step = input_ids.shape[1] - self.prompt_length
+        count("token", step + 1, self.uniforms.shape[1])
+        chosen = self.choose(scores, rows, step)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
 
@@ -216,7 +219,8 @@ def sample(
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         lengths = [len(rows[i][0]) + config.max_new_tokens for i in order]
         parts = []
-        for chosen in rows_at_once(lengths, batch_tokens(policy, config, max(lengths))):
+        together = batch_tokens(policy, config, max(lengths))
+        for chosen in counted(rows_at_once(lengths, together), "batch"):
             part_prompts, part_keys = zip(*(rows[order[i]] for i in chosen), strict=True)
             parts.append(_sample_rows(policy, part_prompts, part_keys, config, temperature))
         return [Batch.cat(parts).select(torch.tensor(order).argsort())]
@@ -433,7 +437,8 @@ def main() -> None:
             f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a prompt"
         )
     keys = [(args.seed, Draw.EVALUATE, i) for i in range(len(prompts))]
-    batch = sample(policy, prompts, keys, settings, group_size=1, temperature=args.temperature)
+    with stage("sample"):
+        batch = sample(policy, prompts, keys, settings, group_size=1, temperature=args.temperature)
     for i, text in enumerate(batch.texts):
         print(f"\n--- {i + 1} of {len(batch)}" + (", cut off" if batch.truncated[i] else ""))
         if problems:

@@ -39,6 +39,7 @@ from infra import checkpoints, console, dumps, memory, metrics, processes, run_f
 from infra.config import Block, help_lines, knob, read_config, setting
 from infra.errors import EXIT_STOPPED, BadInput, RunStopped, optional
 from infra.rng import Draw
+from infra.waiting import counted, timed_steps
 from model import ModelConfig
 from rewards import RewardConfig
 from sample import SampleConfig
@@ -194,7 +195,7 @@ def train(
     if state["before"] is None:
         evaluate_start(config, folder, policy, eval_set, grader, state, write_scalars)
 
-    for step in range(state["step"] + 1, t.steps + 1):
+    for step in timed_steps(state["step"] + 1, t.steps, config.eval.every):
         processes.restart_watchdog(t.timeout_minutes)
         step_started = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -263,7 +264,7 @@ def train(
             model.set_learning_rate(optimizer, lr)
             kl_reference = reference if a.kl_coef and a.kl_estimator == "exact" else None
             updates = []
-            for chosen in batches:
+            for chosen in counted(batches, "optimizer step"):
                 mini = learned.select(chosen)
                 tokens = int(mini.mask.sum())
                 weights = spro.token_weights(mini.mask, len(mini), tokens, *averaging)

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fast.shared_prompts import cache_is_divisible
+from infra.waiting import count
 
 COMPACT_AT = 0.75  # rows that have stopped leave the batch once this part of it or less goes on
 ROOM = 64  # tokens that keys and values get room for ahead of time
@@ -95,6 +96,8 @@ def decode_groups(
         out[rows, P + step] = chosen
         going = going & ~end.ends(out[:, P : P + step + 1], step, rows)[:, 0]
         alive = int(going.sum())
+        count("token", step + 1, steps)
+        count("alive", alive, len(source))
         if not alive or step + 1 == steps:
             return out[:, : P + step + 1]
         if alive <= COMPACT_AT * len(rows):

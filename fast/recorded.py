@@ -17,6 +17,7 @@ from fast.decode import decode_groups
 from fast.grouped_attention import grouped_attention
 from infra.errors import first_sentences, is_out_of_memory
 from infra.processes import print0
+from infra.waiting import count
 
 PROMPT_TOKENS = 2**15  # of prompts that are run together
 # Attention reads a multiple of this many columns. For each further one the step is recorded anew,
@@ -171,7 +172,7 @@ class Rows:
 
     def decode(self) -> torch.Tensor:
         """Until all rows have stopped, or are T tokens long -> ids [B, <= T]."""
-        done = 0
+        done = looked_at = 0
         while done < self.T:
             width = min(self.L, rounded_up(self.P + done + 1, COLUMNS))
             for layer in self.layers:
@@ -185,8 +186,11 @@ class Rows:
                 for _ in range(steps):
                     again()
                 done += steps
-                self.look_for_strings(done - steps, done)
+                self.look_for_strings(looked_at, done)
+                looked_at = done
                 alive = int(self.going.sum())
+                count("token", done, self.T)
+                count("alive", alive, len(self.out))
                 if not alive:
                     return self.out[:, : int(self.longest)]
                 if len(self.rows) > FEWEST_ROWS and alive <= len(self.rows) // 2:

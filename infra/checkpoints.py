@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from infra.errors import BadInput, RunStopped
 from infra.processes import on_first_rank, print0
 from infra.run_folder import flush, fresh_folder, keep_metrics_through, provenance
+from infra.waiting import stage
 
 
 @contextmanager
@@ -84,6 +85,7 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+@stage("save")
 def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int) -> None:
     """Write checkpoints/step_<step>, then prune to the newest `keep`. All ranks call it; each
     writes its own shard.

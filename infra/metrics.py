@@ -15,6 +15,7 @@ import torch.distributed as dist
 from infra.errors import RunStopped, enough_memory, optional
 from infra.memory import peak_gib
 from infra.processes import all_reduce, rank
+from infra.waiting import stage
 
 MAX_REFUSED = 3  # optimizer steps with non-finite gradients, in a row, after which a run stops
 # Statistics whose whole is the largest part; all others are sums
@@ -27,10 +28,10 @@ MAXIMA = (
 @contextmanager
 def timed(seconds: dict[str, float], key: str):
     """Add the seconds that a stage takes to `seconds`; where it runs out of memory, say so by
-    its name.
+    its name, and show that name on a terminal.
     """
-    start = time.perf_counter()
-    with enough_memory(key.removeprefix("time/")):
+    start, name = time.perf_counter(), key.removeprefix("time/")
+    with enough_memory(name), stage(name):
         yield
     seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
