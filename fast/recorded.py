@@ -177,10 +177,13 @@ class Rows:
             width = min(self.L, rounded_up(self.P + done + 1, COLUMNS))
             for layer in self.layers:
                 layer.width = width
-            again = None  # the memory of the last graph is free for the next one
-            again = recorded(self.step, self.column.device)  # which makes a step
-            done += 1
             end = min(self.T, width - self.P)
+            again = None  # the memory of the last graph is free for the next one
+            if end - done == 1:  # not worth a recording
+                self.step()
+            else:
+                again = recorded(self.step, self.column.device)  # which makes a step
+            done += 1
             while done < end:
                 steps = min(LOOK_EVERY, end - done)
                 for _ in range(steps):

@@ -463,6 +463,14 @@ def test_the_sampler_of_a_gpu_draws_the_tokens_of_the_plain_one(kind, tmp_path, 
     assert quick.truncated.any() and (quick.mask.sum(1) == 1).any()
 
 
+def test_the_sampler_of_a_gpu_ends_at_stop_strings_as_the_plain_one(as_on_a_gpu):
+    policy, stop = tiny_model(), ["1", "2", "b3", ";c"]
+    changes = {"max_new_tokens": 30, "group_size": 5, "stop": stop}
+    plain, quick = (draw(policy, decoding=decoding, **changes) for decoding in ("plain", "fast"))
+    assert_same(quick, plain)
+    assert quick.mask.sum() < draw(policy, **changes | {"stop": []}).mask.sum()
+
+
 def test_rows_leave_by_halves_and_columns_grow_by_units(as_on_a_gpu, monkeypatch):
     """Each of which is one more recording, so both are coarse."""
     policy, sizes = tiny_model(), []
@@ -495,7 +503,7 @@ def test_a_recorded_step_asks_the_device_for_nothing(kind, vocabulary, tmp_path,
     def on_meta(step, device):
         rows = step.__self__
         step()  # by values, once
-        for holder in (rows, rows.sampler, *rows.layers):
+        for holder in (rows, rows.sampler, rows.end, *rows.layers):
             for name, x in vars(holder).items():
                 if isinstance(x, torch.Tensor):
                     setattr(holder, name, x.to("meta"))

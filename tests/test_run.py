@@ -129,7 +129,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("train.prompts_per_step=3 sample.group_size=4", "3 prompts x 4 samples = 12 responses do not divide"),
         ("train.micro_batch_size=5", "the nearest is 'train.mini_batch_size'"),
         ("train.old_log_probs=mine", "old_log_probs='mine': choose recompute or sampler"),
-        ("sample.decoding=quick", "decoding='quick': choose fast, plain or static"),
+        ("sample.decoding=quick", "decoding='quick': choose fast or plain"),
         ("train.prompts_per_step=0", "prompts_per_step=0 must be at least 1"),
         ("data.train_size=8", "train.prompts_per_step=16 > data.train_size=8"),
         ("sample.group_size=1", "group_size=1"),
