@@ -42,7 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOISE = ("time/", "memory/", "tokens_per_second")  # beginnings of metrics that no two runs share
 SAID = ("resume:", "the warm start of this run")  # what a restart says of what it found
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-AT_ONCE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # several processes share few cores
+# Several processes share few cores; and a GPU is hidden, for what is compared here is bitwise on a CPU alone.
+AT_ONCE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 # --- inside a run -------------------------------------------------------------------------------------------------
 

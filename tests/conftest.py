@@ -1,6 +1,7 @@
 """For the tests that start whole runs: one warm start for all of them, and short ways to start a run and read it."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import chaos
+
+# Before torch looks: on a GPU nothing is bitwise, two processes need two of them, and CUDA outlives no fork.
+os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 

@@ -244,6 +244,16 @@ def test_another_runtime_error_stays_what_it_is():
         raise RuntimeError("shapes do not match")
 
 
+def say_devices() -> None:
+    print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")), torch.cuda.device_count())
+
+
+def test_tests_and_the_processes_they_start_see_no_gpu(tmp_path, capsys):
+    say_devices()
+    assert chaos.exit_code(chaos.fork(say_devices, (), 2, tmp_path / "log"), 60) == 0
+    assert (tmp_path / "log").read_text() == 2 * capsys.readouterr().out == 2 * "'' 0\n"
+
+
 def test_more_processes_than_gpus_are_refused(words_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -44,7 +44,7 @@ def maker() -> dict:
 def launch(*arguments, timeout=300):
     """train.py as a user starts it, on one thread, so that a golden curve can be bitwise."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
