@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -24,24 +23,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from data import micro_batch_rows
 from infra.checkpoints import saved_tensors
 from infra.config import Block, knob, setting
 from infra.errors import BadInput, RunStopped
 from infra.precision import computing_in
-from infra.processes import all_reduce, on_first_rank, rank, world_size
+from infra.pretrained import read_model, stored_tensors
+from infra.processes import all_reduce, on_first_rank, print0, rank, world_size
 from infra.rng import Draw, rng_for
 from infra.sharding import reshard
 from infra.waiting import counted, stage
@@ -117,6 +110,7 @@ class Policy(torch.nn.Module):
         # Where inputs go, which is not where offloaded weights are
         self.device = torch.device("cpu")
         self.dtype = torch.float32  # that a pass computes in
+        self.unread: Path | None = None  # the folder that a model on the meta device is to read
         self.recomputes = False  # activations, in the backward pass
         # The model that generates in place of this one while its weights are gathered, see
         # `unsharded`. In a list, or torch would take it as a part of this module.
@@ -141,13 +135,27 @@ class Policy(torch.nn.Module):
         self.cache_argument = "cache" if "cache" in signature else "past_key_values"
         turn_off_dropout(model)
         model.eval()
-        on_meta = model.device.type == "meta"
-        self.has_plain_head = on_meta or not fast or fast.agrees(self, plain_log_probs_of_tokens)
+        # None: a model that has no values yet is asked at its first pass
+        self.has_plain_head: bool | None = None
+        if model.device.type != "meta":
+            self.has_plain_head = self._has_plain_head()
+
+    def _has_plain_head(self) -> bool:
+        """Whether the fast log-probs are those of the model's own logits."""
+        return not fast or fast.agrees(self, plain_log_probs_of_tokens)
+
+    def _compare_once(self) -> None:
+        """All ranks call it in a pass, where the head is gathered, and take the same path."""
+        if self.has_plain_head is None:
+            agrees = all_reduce(torch.tensor(int(self._has_plain_head())), dist.ReduceOp.MIN)
+            self.has_plain_head = bool(agrees)
+            if not agrees:
+                print0("log-probs of this model by the plain path")
 
     @property
     def fast(self):
         """The fast paths of log-probs, where they give those of the model's own logits; or None."""
-        return fast if self.has_plain_head else None
+        return None if self.has_plain_head is False else fast
 
     @property
     def config(self):
@@ -165,6 +173,7 @@ class Policy(torch.nn.Module):
         self, tokens, attention_mask, response_length, temperature, reference=None
     ) -> TokenLogProbs:
         """See the function of this name; `reference` is what its `states_for_kl` gave."""
+        self._compare_once()
         forward = self.fast.log_probs_of_tokens if self.fast else plain_log_probs_of_tokens
         with self._training_mode():
             return TokenLogProbs(
@@ -177,6 +186,7 @@ class Policy(torch.nn.Module):
 
     def states_for_kl(self, tokens, attention_mask, response_length) -> tuple:
         """What `token_log_probs` of a policy needs of this model as its reference."""
+        self._compare_once()
         forward = self.fast.states_for_kl if self.fast else plain_states_for_kl
         return forward(self, tokens, attention_mask, response_length)
 
@@ -271,60 +281,20 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
 
 
 @stage("load")
-def load(path: str | Path, attention: str = "sdpa", empty: bool = False) -> Policy:
+def load(
+    path: str | Path, attention: str = "sdpa", empty: bool = False, in_shares: bool = False
+) -> Policy:
     """The model and tokenizer of a folder or Hub id, in fp32. Raises BadInput where there is no
     causal LM.
 
-    `empty`: read config.json and the tokenizer alone and make the model on the meta device, shapes
-    without memory.
+    `empty`: the model on the meta device, shapes without memory. `in_shares`: the same for now, and
+    `infra.sharding.shard` reads what each rank keeps, where the files allow it.
     """
-    if (Path(path) / "config.yaml").exists() and (Path(path) / "checkpoints").exists():
-        raise BadInput(
-            f"{str(path)!r} is a run folder: did you mean {str(Path(path) / 'model')!r}?"
-        )
-    if not Path(path).is_dir() and (
-        Path(path).is_absolute() or len(Path(path).parts) > 2 or Path(path).exists()
-    ):
-        raise BadInput(
-            f"{str(path)!r} is neither a folder with a model nor a Hub id (NAME or "
-            "ORGANISATION/NAME)"
-        )
-    # A mistyped path brings a dozen lines of retries
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # A bar per loaded file would bury the lines that matter
-    transformers_logging.disable_progress_bar()
     attention = "sdpa" if attention == "auto" else attention
-    options = {"dtype": torch.float32, "attn_implementation": attention}
-    try:
-        hf_config = AutoConfig.from_pretrained(path)
-        # AutoTokenizer would replace a generic tokenizer by the usual one of the model's type
-        # (Qwen2's, say).
-        generic = get_tokenizer_config(path).get("tokenizer_class") in (
-            "TokenizersBackend",
-            "PreTrainedTokenizerFast",
-        )
-        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
-        if empty:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(hf_config, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = (
-            "" if Path(path).is_dir() else "there is no such folder here, and the Hub gave none: "
-        )
-        where += (
-            ""
-            if attention == "sdpa"
-            else f"with model.attention={attention} (sdpa works anywhere): "
-        )
-        raise BadInput(
-            f"no causal language model could be loaded from {str(path)!r}: {where}{reason}"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
-    return Policy(model, tokenizer)
+    model, tokenizer, unread = read_model(path, attention, empty, in_shares)
+    policy = Policy(model, tokenizer)
+    policy.unread = unread
+    return policy
 
 
 def freeze(policy: Policy) -> Policy:
@@ -335,9 +305,19 @@ def freeze(policy: Policy) -> Policy:
 def weights_hash(policy: Policy) -> str:
     """sha256 over names and values of all that is saved of a model that is not sharded: says which
     reference a run has.
+
+    The hash of one stream, so one rank has to see all of it: of a model that is not read yet rank 0
+    does, a tensor at a time from the files, and all ranks call it.
     """
+    tensors = saved_tensors(policy.model)
+    if policy.unread is None:
+        return _hash_of(tensors.items())
+    return on_first_rank(lambda: _hash_of(stored_tensors(policy.unread, tensors)))
+
+
+def _hash_of(tensors) -> str:
     digest = hashlib.sha256()
-    for name, tensor in saved_tensors(policy.model).items():
+    for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -423,7 +423,8 @@ def evaluate_start(
 def load_or_build(config: Config) -> model.Policy:
     """The policy as configured; for a dry run its shapes alone."""
     if config.model.path:
-        return model.load(config.model.path, config.model.attention, empty=config.dry_run)
+        how = {"empty": config.dry_run, "in_shares": sharding.is_split()}
+        return model.load(config.model.path, config.model.attention, **how)
     tokenizer = tasks.TOKENIZERS[config.data.source]()
     with torch.device("meta" if config.dry_run else "cpu"):
         return model.build(config.model, tokenizer, config.seed)

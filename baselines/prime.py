@@ -21,7 +21,7 @@ from infra.config import Block, knob
 from infra.errors import RunStopped
 from infra.metrics import StepSums, timed
 from infra.processes import all_reduce, world_size
-from infra.sharding import clip_gradients, shard
+from infra.sharding import clip_gradients, is_split, shard
 from model import (
     Policy,
     batch_log_probs,
@@ -129,7 +129,8 @@ def process_rewards_and_means(batch: Batch, beta: float) -> tuple[torch.Tensor, 
 
 def load_prm(path, config, device: torch.device) -> tuple[Policy, torch.optim.Optimizer]:
     """(PRM, its optimizer), sharded, from the model that policy and reference start from."""
-    prm = shard(load(path, config.model.attention), config.model, device)
+    prm = load(path, config.model.attention, in_shares=is_split())
+    prm = shard(prm, config.model, device)
     return prm, make_optimizer(prm, config.train, config.prime.learning_rate)
 
 

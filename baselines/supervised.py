@@ -4,6 +4,7 @@ than.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from infra.metrics import StepSums, check_refused
 from infra.processes import print0, rank, restart_watchdog, stop_requested, world_size
 from infra.rng import Draw, rng_for
 from infra.run_folder import append_line, fresh_folder
-from infra.sharding import clip_gradients, shard
+from infra.sharding import clip_gradients, is_split, shard
 from model import (
     Policy,
     learning_rate,
@@ -174,17 +175,18 @@ def start_models(config, folder: Path, device, policy: Policy, taught):
     The reference comes from the finished warm start, or without one from model.path, never from
     weights that RL has touched.
     """
-    start, attention = start_path(config, folder), config.model.attention
+    start = start_path(config, folder)
+    load = partial(model.load, start, config.model.attention, in_shares=is_split())
     must_warm_up = config.warms_up and not start.exists()
     if config.warms_up and not must_warm_up:
         print0("the warm start of this run is finished and kept")
-        policy = model.load(start, attention)
+        policy = load()
     policy = shard(policy, config.model, device)
     if must_warm_up:
         warm_start(config, policy, taught, folder / "warm_start")
     if not config.needs_reference:
         return policy, None, None
-    reference = model.freeze(model.load(start, attention))
+    reference = model.freeze(load())
     start_hash = model.weights_hash(reference)
     return (
         policy,

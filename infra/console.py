@@ -60,7 +60,7 @@ def describe(
     if may_pack and policy.fast.can_pack(policy, policy.device, dtype):
         attention = "varlen"  # for what is scored; for what is sampled as before
     # Then logits are no head over states, as fast/ takes them
-    plain = "" if policy.has_plain_head else "; log-probs by the plain path"
+    plain = "" if policy.has_plain_head is not False else "; log-probs by the plain path"
     refills = f", at most {t.max_refills} refill(s)" if t.max_refills else ""
     lines = (
         f"{a.advantage}{beta}{kl}, seed {config.seed}, into {config.run_dir}",

@@ -7,10 +7,11 @@ just for that pass.
 import copy
 import warnings
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from infra.errors import BadInput, enough_memory
+from infra.pretrained import read_shares
 from infra.processes import world_size
 
 
@@ -38,13 +40,19 @@ def shard_size(settings) -> int:
     return split
 
 
+def is_split() -> bool:
+    """Whether `shard` splits models here: with several ranks, and on any GPU."""
+    return dist.is_initialized()
+
+
 @enough_memory("load")
 def shard(policy, settings, device: torch.device, offload: bool = False):
     """Put the policy on `device`, its weights split over the ranks by FSDP2 wherever there is a
     process group.
 
-    Every rank comes with the whole model in host memory and leaves with its share. `offload` keeps
-    that share in host memory (the reference's option).
+    A policy that is not read yet (model.load, `in_shares`) is read here, by each rank its share; of
+    any other every rank comes with the whole in host memory. `offload` keeps the share there (the
+    reference's option).
     """
     policy.device = device
     policy.dtype = compute_dtype(settings, device)
@@ -55,25 +63,25 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.recomputes = True
     split = shard_size(settings)
-    if not dist.is_initialized():
+    if not is_split():
         return policy.to(device)
-    sizes, names = (split,), ("shard",)
-    if settings.replicate > 1:
-        sizes, names = (settings.replicate, split), ("replicate", "shard")
     on_gpu = device.type == "cuda"
+    offload = offload and on_gpu
     options = {
-        "mesh": init_device_mesh(device.type, sizes, mesh_dim_names=names),
+        "mesh": device_mesh(device.type, settings.replicate, split),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=None if policy.dtype == torch.float32 else policy.dtype,
             reduce_dtype=torch.float32,
         ),
-        "offload_policy": CPUOffloadPolicy() if offload and on_gpu else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for layer in decoder_layers(policy):
         fully_shard(layer, **options)
     fully_shard(policy, **options)
     for name in ("generate", "token_log_probs", "states_for_kl", "pack_rows"):
         register_fsdp_forward_method(policy, name)
+    if policy.unread is not None:
+        read(policy, device, offload)
     may_pack = policy.fast and settings.attention == "auto"
     if may_pack and policy.fast.can_pack(policy, device, policy.dtype):
         policy.pack_rows()
@@ -84,6 +92,29 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
 def compute_dtype(settings, device: torch.device) -> torch.dtype:
     """What a pass computes in: `model.dtype` on a GPU, fp32 on a CPU."""
     return getattr(torch, settings.dtype) if device.type == "cuda" else torch.float32
+
+
+@lru_cache
+def device_mesh(kind: str, replicate: int, split: int) -> DeviceMesh:
+    """One for all models of a run: each mesh of two dimensions makes communicators of its own."""
+    if replicate == 1:
+        return init_device_mesh(kind, (split,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicate, split), mesh_dim_names=("replicate", "shard"))
+
+
+def read(policy, device: torch.device, offload: bool) -> None:
+    """Give a sharded model on the meta device its memory, and read each rank's share into it."""
+    policy.to_empty(device="cpu" if offload else device)
+    if offload:  # weights alone: buffers are not gathered for a pass
+        for module in policy.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(
+                    name,
+                    torch.empty_like(buffer, device=device),
+                    persistent=name not in module._non_persistent_buffers_set,
+                )
+    read_shares(policy.model, policy.unread)
+    policy.unread = None
 
 
 def decoder_layers(policy) -> list[torch.nn.Module]:
