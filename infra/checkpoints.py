@@ -1,9 +1,9 @@
 """Checkpoints that survive any kill.
 
 A checkpoint folder is complete or absent: it is written under a temporary name, every file is
-hashed into a manifest and flushed to disk, and only then is the folder renamed; older ones are
-pruned after that. Loading verifies the manifest, takes the newest checkpoint that holds, and reads
-tensors (safetensors) and JSON, nothing that can run code.
+hashed into a manifest and flushed to disk, by the rank that wrote it, and only then is the folder
+renamed; older ones are pruned after that. Loading verifies the manifest, takes the newest
+checkpoint that holds, and reads tensors (safetensors) and JSON, nothing that can run code.
 """
 
 import hashlib
@@ -12,16 +12,21 @@ import os
 import shutil
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from infra.errors import BadInput, RunStopped
-from infra.processes import on_first_rank, print0
+from infra.processes import map_over_ranks, on_first_rank, print0, rank, world_size
 from infra.run_folder import flush, fresh_folder, keep_metrics_through, provenance
 from infra.waiting import stage
+
+# A file of tensors is put together in host memory, beside the tensors that come from a GPU for it
+FILE_BYTES = 2**30
 
 
 @contextmanager
@@ -105,11 +110,14 @@ def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int)
             name: int(next(iter(optimizer.state.values()))["step"])
             for name, (_, optimizer) in trained.items()
         }
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(
+            str(temporary), fqn_to_index_mapping=file_numbers(tensors), save_distributed=True
+        )
         with distributed_or_not() as options:
             dcp.save(tensors, storage_writer=writer, **options)
+        manifest = hash_together(temporary)
         state = {**state, "step": step, "adam_steps": steps, **provenance()}
-        on_first_rank(lambda: _publish(temporary, final, state, keep))
+        on_first_rank(lambda: _publish(temporary, final, state, manifest, keep))
     except (OSError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -120,17 +128,54 @@ def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int)
         ) from error
 
 
-def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    files = sorted(temporary.iterdir())
-    manifest = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
-    }
+def file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Which file of a rank each tensor goes to, from 1: a new one is begun past FILE_BYTES of this
+    rank's share.
+    """
+    numbers, size = {}, 0
+    for name, tensor in tensors.items():
+        size += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        numbers[name] = 1 + (size - 1) // FILE_BYTES if size else 1
+    kept = sorted(set(numbers.values()))  # a tensor larger than a file leaves numbers out
+    return {name: 1 + kept.index(number) for name, number in numbers.items()}
+
+
+def hash_together(folder: Path) -> dict[str, dict]:
+    """The manifest's entries of all tensors: each rank hashes the files that it wrote, and flushes
+    them to disk. All ranks call it; an OSError of one is raised on all.
+    """
+
+    def own(_) -> list:
+        files = sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
+        try:
+            entries = _entries(files)
+            for file in files:
+                flush(file)
+            return [entries]
+        except OSError as error:
+            return [error]
+
+    entries: dict[str, dict] = {}
+    for part in map_over_ranks(own, list(range(world_size()))):
+        if isinstance(part, OSError):
+            raise part
+        entries |= part
+    return entries
+
+
+def _entries(files: list[Path]) -> dict[str, dict]:
+    return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+
+
+def _publish(temporary: Path, final: Path, state: dict, manifest: dict, keep: int) -> None:
+    state_file = temporary / "state.json"
+    state_file.write_text(json.dumps(state, indent=1))
+    manifest = dict(sorted((manifest | _entries([state_file])).items()))
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     # A checkpoint must not outlive the rows of its steps
     metrics = final.parent.parent / "metrics.jsonl"
     for path in (
-        *files,
+        state_file,
         temporary / "manifest.json",
         temporary,
         *([metrics] if metrics.exists() else []),
@@ -146,45 +191,66 @@ def _publish(temporary: Path, final: Path, state: dict, keep: int) -> None:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, by its manifest; None if nothing is."""
+    """What is wrong with a checkpoint folder, by its manifest; None if nothing is. All ranks call
+    it and share the hashing.
+    """
+    hashes, fault = on_first_rank(lambda: _promised(checkpoint))
+
+    def faults(part: list[tuple[str, str]]) -> list[str | None]:
+        return [_fault_of_file(checkpoint / name, sha256) for name, sha256 in part]
+
+    return fault or next(filter(None, map_over_ranks(faults, hashes)), None)
+
+
+def _promised(checkpoint: Path) -> tuple[list[tuple[str, str]], str | None]:
+    """(name, sha256) of every file in the manifest, and what is wrong without reading them."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if "state.json" not in manifest:
-            return "manifest.json does not list state.json"
+            return [], "manifest.json does not list state.json"
         for name, expected in manifest.items():
             file = checkpoint / name
             if not file.exists():
-                return f"{name} is missing"
+                return [], f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-            if _sha256(file) != expected["sha256"]:
-                return f"{name} has another sha256 than when it was written"
+                return [], f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        return [(name, expected["sha256"]) for name, expected in manifest.items()], None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__})"
-    return None
+        return [], f"manifest.json cannot be read ({type(error).__name__})"
+
+
+def _fault_of_file(file: Path, sha256: str) -> str | None:
+    try:
+        is_same = _sha256(file) == sha256
+    except OSError as error:
+        return f"{file.name} cannot be read ({error})"
+    return None if is_same else f"{file.name} has another sha256 than when it was written"
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that holds; damaged newer ones are named and set aside. All ranks
     call it.
     """
-    return on_first_rank(lambda: _newest_checkpoint(run / "checkpoints"))
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover)
-    for checkpoint in sorted(folder.glob("step_*[0-9]"), reverse=True):
+    for checkpoint in on_first_rank(lambda: _candidates(run / "checkpoints")):
         fault = fault_of(checkpoint)
         if fault is None:
             return checkpoint
-        print0(
-            f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before"
-        )
-        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
+        on_first_rank(partial(_set_aside, checkpoint, fault))
     return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Complete checkpoints, the newest first; what a kill left half-written is deleted."""
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover)
+    return sorted(folder.glob("step_*[0-9]"), reverse=True)
+
+
+def _set_aside(checkpoint: Path, fault: str) -> None:
+    print0(f"resume: {checkpoint} is damaged: {fault}; setting it aside and trying the one before")
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def load_checkpoint(checkpoint: Path, trained: dict) -> dict:

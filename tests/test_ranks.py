@@ -1,5 +1,6 @@
 """Several processes: they compute what one computes, save what one can load, and cannot wait for each other in vain."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -213,6 +214,42 @@ def test_kind_26_a_sharded_model_keeps_its_buffers(kind, ranks, tmp_path):
     again, tokens = model.load(tmp_path / "run" / "model"), torch.tensor([PROMPTS[1]])
     assert router_bias(again.model)[0].equal(router_bias(original)[0])
     assert again.model(tokens).logits.equal(original(tokens).logits)
+
+
+def save_in_small_files(start, folder) -> None:
+    """A checkpoint of many files, hashed by the two processes and verified by them; each lists what it has hashed."""
+    device = infra.processes.start_processes(timeout_minutes=5)
+    policies = [shard(model.load(start), ModelConfig(), device) for _ in range(2)]
+    first, second = ({"policy": (policy, model.make_optimizer(policy, train.TrainConfig()))} for policy in policies)
+    with torch.no_grad():
+        policies[0].model.lm_head.weight.mul_(2)
+    hashed, real = [], infra.checkpoints._sha256
+    infra.checkpoints._sha256 = lambda file: hashed.append(file.name) or real(file)
+    infra.checkpoints.FILE_BYTES = 20_000
+    infra.checkpoints.save_checkpoint(folder, 1, first, {}, keep=1)
+    written = list(hashed)
+    infra.checkpoints.load_checkpoint(infra.checkpoints.newest_checkpoint(folder), second)
+    both = zip(policies[0].parameters(), policies[1].parameters(), strict=True)
+    assert all(one.to_local().equal(two.to_local()) for one, two in both)
+    (folder / f"hashed{infra.processes.rank()}").write_text(json.dumps([written, hashed[len(written) :]]))
+
+
+def test_each_process_hashes_the_files_that_it_wrote_and_verifies_its_part(tmp_path):
+    start, log = saved(tiny_model(architecture="llama"), tmp_path / "start"), tmp_path / "log"
+    assert chaos.exit_code(chaos.fork(save_in_small_files, (start, tmp_path), 2, log), 120) == 0, log.read_text()
+    checkpoint = tmp_path / "checkpoints" / "step_000001"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    names = sorted(file.name for file in checkpoint.iterdir() if file.name != "manifest.json")
+    assert list(manifest) == names and len(names) > 10
+    for name, entry in manifest.items():
+        content = (checkpoint / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert len(content) < 60_000
+    parts = [json.loads((tmp_path / f"hashed{rank}").read_text()) for rank in range(2)]
+    for rank, (written, _) in enumerate(parts):
+        assert [name for name in written if name != "state.json"] == [n for n in names if f"shard-0000{rank + 1}" in n]
+    verified = [name for _, part in parts for name in part]
+    assert sorted(verified) == names and abs(len(parts[0][1]) - len(parts[1][1])) <= 1
 
 
 @pytest.fixture(scope="module")
