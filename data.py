@@ -18,7 +18,7 @@ import torch
 
 from infra.config import Block, knob
 from infra.errors import BadInput
-from infra.processes import print0
+from infra.processes import map_over_ranks, print0
 from infra.rng import Draw, rng_for
 from rewards import Grader
 from spro import Batch
@@ -73,6 +73,9 @@ class DataConfig(Block):
             raise ValueError(
                 f"max_steps={self.max_steps} must lie between min_steps and {len(LABELS)}"
             )
+
+
+AT_ONCE = 10_000  # prompts that the ranks encode and exchange together: some megabytes
 
 
 @lru_cache(maxsize=2)
@@ -211,7 +214,7 @@ def encode_prompts(
     known_ids: int = sys.maxsize,
 ) -> tuple[list[Problem], TokenIds]:
     """The problems whose prompts fit into `limit` tokens, and those prompts' ids; the others are
-    counted, not cut.
+    counted, not cut. The ranks share the work, and each gets all ids.
 
     With `chat_template`, in the tokenizer's chat template if it has one, which writes its own begin
     token then. Control tokens in a problem's text are text. From `known_ids` on the model has no
@@ -219,28 +222,36 @@ def encode_prompts(
     """
     chat = chat_template and bool(tokenizer.chat_template)
     control = ControlTokens(tokenizer, chat)
-    fitting, rows = [], []
-    as_text = unsound = 0
-    for start in range(0, len(problems), 1000):
-        part = problems[start : start + 1000]
+
+    def encode(part: list[Problem]) -> list[tuple[bool, array | None]]:
+        """Of each problem: whether it holds control tokens, and its ids, if there is a way."""
         texts = [prompt_text(problem, tokenizer, chat) for problem in part]
+        encoded = []
         for problem, ids in zip(
             part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True
         ):
-            if control.are_in(problem):
-                as_text += 1
-                ids = control.ids_as_text(problem)
+            is_held = control.are_in(problem)
+            ids = control.ids_as_text(problem) if is_held else ids
+            encoded.append((is_held, None if ids is None else array("i", ids)))
+        return encoded
+
+    fitting, rows = [], []
+    as_text = unsound = 0
+    for start in range(0, len(problems), AT_ONCE):
+        part = problems[start : start + AT_ONCE]
+        for problem, (is_held, ids) in zip(part, map_over_ranks(encode, part), strict=True):
+            as_text += is_held
             if ids is None:
                 unsound += 1
             elif len(ids) <= limit:
                 require_known(ids, known_ids, tokenizer)
                 fitting.append(problem)
-                rows.append(array("i", ids))
+                rows.append(ids)
     say_left_out(len(problems), len(fitting), as_text, unsound, limit)
     return fitting, TokenIds(rows)
 
 
-def require_known(ids: list[int], known_ids: int, tokenizer) -> None:
+def require_known(ids: Sequence[int], known_ids: int, tokenizer) -> None:
     """Raises BadInput where the tokenizer writes ids that the model has no embedding for."""
     if (largest := max(ids, default=0)) >= known_ids:
         raise BadInput(

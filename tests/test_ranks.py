@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import data
 import infra.checkpoints
 import infra.errors
 import infra.processes
@@ -15,12 +16,14 @@ import pytest
 import torch
 import train
 from baselines.diagnostics import compare_gradients
+from data import encode_prompts
 from infra.sharding import shard, unsharded
 from model import ModelConfig
 from safetensors.torch import load_file, save_file
 from sample import SampleConfig, sample
 from spro import Batch
 from tasks.chain import chain_tokenizer
+from tasks.problem import Problem
 
 import chaos
 from conftest import TINY, as_of, checkpoints, finished, ran, started
@@ -111,6 +114,29 @@ def test_two_processes_have_the_gradients_the_losses_and_the_samples_of_one(layo
                 assert torch.equal(two[name], expected)
             else:
                 assert (two[name] - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def encoded_prompts() -> list:
+    """Prompts of many lengths, some of them too long, one with a control token in its text."""
+    texts = [f"{i}b+{i % 7}c*2?" * (1 + i % 5) for i in range(23)] + ["3b<eos>+5?"]
+    problems = [Problem(text, "1", "chain") for text in texts]
+    fitting, ids = encode_prompts(problems, chain_tokenizer(), limit=40)
+    return [[problem.prompt for problem in fitting], list(ids)]
+
+
+def encode_in_parts(folder) -> None:
+    infra.processes.start_processes(timeout_minutes=1)
+    data.AT_ONCE = 9
+    (folder / str(infra.processes.rank())).write_text(json.dumps(encoded_prompts()))
+    with pytest.raises(infra.errors.BadInput, match="this is not the model's tokenizer"):  # on both: neither waits
+        encode_prompts([Problem("3b+5?", "8", "chain")], chain_tokenizer(), 40, known_ids=5)
+
+
+def test_two_processes_encode_half_of_the_prompts_each_and_have_those_of_one(tmp_path, capsys):
+    expected, said = encoded_prompts(), capsys.readouterr().out
+    code = chaos.exit_code(chaos.fork(encode_in_parts, (tmp_path,), 2, tmp_path / "log"), 60)
+    assert code == 0 and "left out" in said and (tmp_path / "log").read_text() == said
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [expected, expected]
 
 
 # --- sampling while the weights are gathered ----------------------------------------------------------------------
