@@ -54,7 +54,8 @@ from sample import SampleConfig, context_left, open_run, sample, with_stop_strin
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem, problems_hash
 
-ROWS_AT_ONCE = 128  # responses per rank between two savings
+# Responses per rank between two savings: as many as a GPU decodes together
+ROWS_AT_ONCE = 1024
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from infra.checkpoints import FILE_BYTES
 from infra.processes import world_size
 
 CARD = 80 * 2**30  # bytes of the GPU that is planned for where there is none
@@ -35,6 +36,7 @@ class Work:
     trained_tokens: int  # of a micro-batch
     has_reference: bool
     has_prm: bool = False
+    repeats_heads: bool = False  # whether decoding copies grouped keys and values for every head
 
 
 def memory_plan(
@@ -71,6 +73,10 @@ def memory_plan(
         "sampling: gathered weights": compute * n if is_split else 0,
         # Room for the longest response, from the start, and once for all the heads that share it
         "sampling: KV cache": cache_bytes(shape, compute) * work.sampled_tokens,
+        "sampling: keys and values of all heads": copied_heads(shape)
+        * compute
+        * work.sampled_tokens
+        * work.repeats_heads,
         "sampling: logits": LOGIT_BYTES * shape.vocab_size * rows,
     }
     update = {
@@ -100,12 +106,43 @@ def cache_bytes(shape, compute: int) -> int:
     return 2 * shape.num_hidden_layers * kv_width(shape) * compute
 
 
+def host_plan(model, settings, ranks: int, on_gpu: bool, work: Work) -> dict[str, float]:
+    """GiB of host memory that a rank needs for a while beside its device's, by what needs it.
+
+    Reading a model in shares (infra/pretrained.py) needs a tensor at a time, which is not listed.
+    """
+    n = model.num_parameters()
+    split = settings.shard or max(1, ranks // settings.replicate)
+    in_host = {
+        "reading a model whose files must be read whole": 4 * n,
+        "rank 0: the gathered model, to save it": 4 * n,
+    }
+    if on_gpu:
+        share = (12 + 12 * work.has_prm) * n / split
+        in_host["saving a checkpoint: a file of tensors, twice"] = 2 * min(share, FILE_BYTES)
+        if settings.offload_reference and work.has_reference:
+            in_host["reference, fp32, sharded, throughout"] = 4 * n / split
+    return {name: size / 2**30 for name, size in in_host.items()}
+
+
+def copied_heads(shape) -> int:
+    """Values of a token that transformers makes in the layer at hand, where there is a mask: its
+    grouped keys and values, once for every head.
+    """
+    groups = kv_heads(shape)
+    copies = shape.num_attention_heads // groups
+    return 2 * copies * kv_width(shape) if copies > 1 else 0
+
+
+def kv_heads(shape) -> int:
+    return getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+
+
 def kv_width(shape) -> int:
     """Values that a token's keys take in one layer, and its values as many."""
     if not getattr(shape, "num_attention_heads", None):  # recurrent
         return 0
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    return heads * (
+    return kv_heads(shape) * (
         getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     )
 
@@ -186,6 +223,7 @@ def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
         has_prm=config.needs_prm,
+        repeats_heads=s.decoding != "fast",
     )
     logits = math.inf
     if policy.fast:
@@ -200,4 +238,8 @@ def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
         kind = f"GPU(s), {free / 2**30:.0f} GiB {assumed}"
     lines.append(f"memory of each of {ranks} {kind}, estimated:")
     lines += [f"  {name:<42} {gib:9.3f} GiB" for name, gib in plan.items()]
+    if ranks > 1 or on_gpu:
+        lines.append("and of host memory, for a while:")
+        in_host = host_plan(policy.model, config.model, ranks, on_gpu, work)
+        lines += [f"  {name:<46} {gib:5.3f} GiB" for name, gib in in_host.items()]
     return "\n".join([*lines, "dry run: nothing was written"])

@@ -13,7 +13,7 @@ import spro
 import torch
 import train
 from baselines import prime
-from infra.memory import Work, memory_plan
+from infra.memory import Work, host_plan, memory_plan
 from spro import Batch
 from tasks.chain import chain_tokenizer
 
@@ -245,6 +245,17 @@ def test_the_memory_plan_counts_the_prms_weights_and_moments():
     work = [Work(100, 50, 100, has_reference=True, has_prm=has_prm) for has_prm in (False, True)]
     alone, both = (memory_plan(policy.model, layers, model.ModelConfig(), 8, True, each, 2**25) for each in work)
     assert both["peak"] - alone["peak"] == pytest.approx(12 * policy.num_parameters() / 8 / 2**30)
+
+
+def test_the_memory_plan_counts_keys_and_values_that_are_copied_for_every_head_and_host_memory():
+    policy = tiny_model()  # 4 heads of 8 in 2 groups
+    work = [Work(100, 50, 100, has_reference=True, repeats_heads=repeats) for repeats in (False, True)]
+    once, copied = (memory_plan(policy.model, [], model.ModelConfig(), 1, True, each, 2**25) for each in work)
+    name = "sampling: keys and values of all heads"
+    assert once[name] == 0 and copied[name] * 2**30 == 2 * (4 * 8) * 2 * 100
+    n, settings = policy.num_parameters(), model.ModelConfig(offload_reference=True)
+    found = {name: size * 2**30 for name, size in host_plan(policy.model, settings, 8, True, work[0]).items()}
+    assert list(found.values()) == pytest.approx([4 * n, 4 * n, 2 * 12 * n / 8, 4 * n / 8])
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
