@@ -64,6 +64,7 @@ class SampleConfig(Block):
         0,
         "tokens of prompts and full responses decoded together; 0: what fits, said at the start",
         least=0,
+        rounds=True,
         lowers=dict.fromkeys(
             ("sample", "evaluate"), "set sample.batch_tokens below what the start of the run says"
         ),

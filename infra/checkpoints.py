@@ -22,7 +22,13 @@ from torch.distributed.tensor import DTensor
 
 from infra.errors import BadInput, RunStopped
 from infra.processes import map_over_ranks, on_first_rank, print0, rank, world_size
-from infra.run_folder import flush, fresh_folder, keep_metrics_through, provenance
+from infra.run_folder import (
+    flush,
+    fresh_folder,
+    keep_metrics_through,
+    provenance,
+    say_rounding,
+)
 from infra.waiting import stage
 
 # A file of tensors is put together in host memory, beside the tensors that come from a GPU for it
@@ -116,7 +122,7 @@ def save_checkpoint(run: Path, step: int, trained: dict, state: dict, keep: int)
         with distributed_or_not() as options:
             dcp.save(tensors, storage_writer=writer, **options)
         manifest = hash_together(temporary)
-        state = {**state, "step": step, "adam_steps": steps, **provenance()}
+        state = {**state, "step": step, "adam_steps": steps, "ranks": world_size(), **provenance()}
         on_first_rank(lambda: _publish(temporary, final, state, manifest, keep))
     except (OSError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
@@ -298,6 +304,8 @@ def resume(
                 "start anew"
             )
         print0(f"resume: going on after step {state['step']}, from {checkpoint}")
+        ranks = state.get("ranks", world_size())  # an earlier version did not say
+        say_rounding(f"ranks: {ranks} -> {world_size()}" if ranks != world_size() else "")
     elif wanted:
         print0("resume: no valid checkpoint yet, so RL starts over")
     keep_metrics_through(folder, state["step"] if checkpoint else -1)

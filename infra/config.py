@@ -34,6 +34,7 @@ def knob(
     resume: bool = False,
     compared: bool = True,
     warm_start: bool = False,
+    rounds: bool = False,
     lowers: dict[str, str] | None = None,
     free: bool = False,
 ):
@@ -41,8 +42,9 @@ def knob(
 
     least, above, choices: which values it takes. `resume`: a resumed run may change it, for it
     cannot touch the run's past. `compared`: runs that differ in it are not runs of one method
-    (tools/report.py). `warm_start`: a warm start depends on it (tools/sweep.py). `lowers`: {stage:
-    what to do} where it makes a stage need less memory. `free`: a dict whose keys are the user's.
+    (tools/report.py). `warm_start`: a warm start depends on it (tools/sweep.py). `rounds`: sums are
+    rounded otherwise where it changes. `lowers`: {stage: what to do} where it makes a stage need
+    less memory. `free`: a dict whose keys are the user's.
     """
     metadata = {
         "help": help,
@@ -52,6 +54,7 @@ def knob(
         "resume": resume,
         "compared": compared,
         "warm_start": warm_start,
+        "rounds": rounds,
         "lowers": lowers or {},
         "free": free,
     }
@@ -107,7 +110,7 @@ def all_keys(cls) -> list[str]:
 
 
 def keys_where(cls, rule: str) -> list[str]:
-    """The keys whose knobs say `rule`: "resume", "compared", "warm_start" or "free"."""
+    """The keys whose knobs say `rule`: "resume", "compared", "warm_start", "rounds" or "free"."""
     defaults = {"compared": True}
     return [
         key
@@ -394,10 +397,15 @@ def saved_block(cls, config: dict, name: str):
         ) from error
 
 
-def changes(saved: dict, config) -> str:
-    """`key: before -> now, ...` of what a resumed run may not change; empty if nothing."""
+def changes(saved: dict, config, rule: str = "") -> str:
+    """`key: before -> now, ...` of what a resumed run may not change; empty if nothing.
+
+    With a `rule`, of the keys whose knobs say that instead (see `keys_where`).
+    """
     cls = type(config)
     may_change = set(keys_where(cls, "resume"))
+    if rule:
+        may_change = set(all_keys(cls)) - set(keys_where(cls, rule))
     # A key that is missing there is no other version
     free = tuple(f"{key}." for key in keys_where(cls, "free"))
     before, now = flat(saved), flat(to_dict(config))
@@ -405,6 +413,8 @@ def changes(saved: dict, config) -> str:
     for key in before | now:
         absent = None if key.startswith(free) else ABSENT
         old, new = before.get(key, absent), now.get(key, absent)
+        if rule and ABSENT in (old, new):  # an earlier version did it as now
+            continue
         if old != new and key not in may_change:
             found.append(f"{key}: {old} -> {new}")
     return ", ".join(found)

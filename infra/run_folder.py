@@ -25,7 +25,7 @@ import yaml
 
 from infra.config import ABSENT, changes, saved_config, to_dict
 from infra.errors import BadInput
-from infra.processes import on_first_rank, rank
+from infra.processes import on_first_rank, print0, rank
 
 # Ten a second: a killed process takes its time to die, and lets go of its run folder only then
 LOCK_TRIES = 50
@@ -42,6 +42,15 @@ def provenance() -> dict[str, str]:
     # A line break in an argument would end the comment that this is written as
     command = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sys.argv))
     return {"command": command, "commit": commit or "unknown", **packages}
+
+
+def say_rounding(changed: str) -> None:
+    """`changed`: `key: before -> now, ...` of what rounds sums otherwise; empty if nothing."""
+    if changed:
+        print0(
+            f"resume: {changed}: sums are rounded otherwise from here on, so a token flips now and "
+            "then and its response goes on differently; in bfloat16 soon"
+        )
 
 
 def flush(path: Path) -> None:
@@ -159,6 +168,7 @@ def _open_run_folder(config) -> Path:
                     f"run_dir {run} was made with another config ({diff}): undo that, or start "
                     "another run"
                 )
+            say_rounding(changes(saved, config, "rounds"))
         elif in_use:
             if run.resolve() in Path(config.model.path).resolve().parents:
                 raise BadInput(
