@@ -69,6 +69,7 @@ class ModelConfig(Block):
         False,
         "keep one activation per layer and recompute the rest in the backward pass",
         warm_start=True,
+        rounds=True,
         lowers={"update": "set model.gradient_checkpointing=true"},
     )
     offload_reference: bool = setting(
@@ -82,10 +83,21 @@ class ModelConfig(Block):
         "ranks that split a copy of the weights; 0: all of them",
         least=0,
         warm_start=True,
+        rounds=True,
         lowers={"load": "give each GPU less by more of them (model.shard)"},
     )
     replicate: int = setting(
-        1, "copies of the weights (HSDP): shard in a node", least=1, warm_start=True
+        1,
+        "copies of the weights (HSDP): shard in a node",
+        least=1,
+        warm_start=True,
+        rounds=True,
+    )
+    deterministic: bool = setting(
+        False,
+        "kernels that add in the same order every time (GPU runs): exact resume, slower",
+        warm_start=True,
+        rounds=True,
     )
 
 

@@ -64,6 +64,7 @@ class TrainConfig(WarmStartConfig):  # and with it train.warm_start_*
         "tokens per forward and backward pass: memory, no gradient",
         least=1,
         warm_start=True,
+        rounds=True,
         lowers=dict.fromkeys(
             ("warm_start", "log_probs", "prm", "update"), "lower train.micro_batch_tokens"
         ),
@@ -436,7 +437,7 @@ def main() -> None:
         print(__doc__, "Keys:", *help_lines(Config), sep="\n  ")
         return
     config = read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
-    device = processes.start_processes(config.train.timeout_minutes)
+    device = processes.start_processes(config.train.timeout_minutes, config.model.deterministic)
     rounds = device.type == "cuda" and config.model.dtype != "float32"
     if config.train.old_log_probs == "sampler" and rounds:
         raise BadInput(

@@ -15,11 +15,15 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL, "try again later": `resume=true` goes on
 UNWRITABLE = tuple(
     getattr(errno, f"E{name}") for name in ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO")
 )
-# Of the driver, a CPU, the libraries
+# Of the driver, a CPU, the libraries. cuBLAS and NCCL ask for memory of their own when they start,
+# which the allocator of torch may have taken: one then says that it is not initialized.
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "Failed to CUDA calloc",
+    "Failed to CUDA host",
 )
 
 

@@ -27,6 +27,7 @@ from infra.errors import (
 )
 
 SMALL_MODEL = 2_000_000  # parameters
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # as torch says it
 
 
 def command_line(main, config_class=None) -> None:
@@ -39,6 +40,32 @@ def command_line(main, config_class=None) -> None:
     # (pytorch issue 196678), and plans anew for every length, which in decoding is every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
+        _say_what_went_wrong(main, config_class)
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        _leave_at_once(error)
+    # Only at a good end: after a failure on one rank the others may never come to it
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_at_once(error: BaseException) -> None:
+    """End this rank without taking its process group down: on GPUs that waits for collectives that
+    no other rank may ever join. The others see the connection close, and torchrun ends them.
+    """
+    code = EXIT_FAILED
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _say_what_went_wrong(main, config_class) -> None:
+    try:
         main()
     except BadInput as error:
         _end(f"error: {error}", EXIT_BAD_INPUT)
@@ -49,6 +76,8 @@ def command_line(main, config_class=None) -> None:
     except RunStopped as stop:
         _end(f"stopped: {stop}", stop.code)
     except (MemoryError, RuntimeError) as error:
+        if NOT_DETERMINISTIC in str(error):
+            _end(f"stopped: {first_sentences(error)}: set model.deterministic=false", EXIT_FAILED)
         if not is_out_of_memory(error):  # in no stage of a run
             raise
         _end(
@@ -63,9 +92,6 @@ def command_line(main, config_class=None) -> None:
             "resume=true)",
             EXIT_FAILED,
         )
-    # Only at a good end: after a failure on one rank the others may never come to it
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _end(message: str, code: int) -> None:
@@ -87,13 +113,19 @@ def print0(*words, file=None) -> None:
         print(*words, file=file, flush=True)
 
 
-def start_processes(timeout_minutes: float) -> torch.device:
+def start_processes(timeout_minutes: float, deterministic: bool = False) -> torch.device:
     """Join torchrun's processes, if it started this one -> this rank's device: its GPU if there is
     one, else the CPU.
 
     On a GPU even a single process forms a group of one, so that FSDP keeps master weights and
-    compute type apart.
+    compute type apart. `deterministic`: kernels there add in the same order every time.
     """
+    if deterministic:
+        # cuBLAS reads it when it starts, which is after this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Memory that is not written is not read: it need not be filled
+        torch.utils.deterministic.fill_uninitialized_memory = False
     on_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpu and local > torch.cuda.device_count():
         raise BadInput(
@@ -111,7 +143,11 @@ def start_processes(timeout_minutes: float) -> torch.device:
     if on_gpu or not alone:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(
-            backend, timeout=timedelta(minutes=timeout_minutes, seconds=30), **alone
+            backend,
+            timeout=timedelta(minutes=timeout_minutes, seconds=30),
+            # Communicators are made on it at once, so that one that cannot be made fails here
+            device_id=device if on_gpu else None,
+            **alone,
         )
     return device
 

@@ -132,7 +132,12 @@ def unsharded(policy):
     While it lasts a forward pass needs no other rank, so ranks may run different numbers of them
     and cannot wait for each other: rows may stop at different lengths. All ranks must enter and
     leave together. Does nothing to a model not sharded.
+
+    Nothing learns here, so `model.deterministic` rests: torch would refuse the sampler's sums along
+    a row (cumsum), which are the same every time.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -143,6 +148,7 @@ def unsharded(policy):
         yield
     finally:
         policy.twin.clear()  # it holds what is given back now
+        torch.use_deterministic_algorithms(deterministic)
         for module in sharded:
             # FSDP2's own defaults
             module.set_reshard_after_forward(module is not policy, recurse=False)

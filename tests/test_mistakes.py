@@ -239,6 +239,82 @@ def test_out_of_memory_in_a_script_is_one_line(words_of, monkeypatch):
     assert code == infra.errors.EXIT_FAILED and "fewer --samples" in said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error. Last error:\nFailed to CUDA calloc async 4 bytes",
+    ],
+)
+def test_libraries_that_find_no_memory_on_a_gpu_are_out_of_memory_too(words):
+    kind = torch.distributed.DistBackendError if "NCCL" in words else RuntimeError
+    with pytest.raises(infra.errors.OutOfMemory, match=words[:10]) as stop, infra.errors.enough_memory("update"):
+        raise kind(words)
+    assert stop.value.stage == "update" and "\n" not in str(stop.value)
+
+
+def test_what_has_no_deterministic_kernel_is_one_line(words_of, places, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set x. You can turn it off")
+
+    monkeypatch.setattr(sample_script, "sample", refuse)
+    code, said = words_of("sample", "{run} 3b+5?")
+    assert code == infra.errors.EXIT_FAILED and "set model.deterministic=false" in said
+
+
+def test_the_deterministic_knob_asks_torch_for_it_but_not_for_sampling(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    is_on = torch.are_deterministic_algorithms_enabled
+    try:
+        infra.processes.start_processes(1)
+        assert not is_on()
+        infra.processes.start_processes(1, deterministic=True)
+        assert is_on() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with train.sharding.unsharded(tiny_model()):
+            assert not is_on()
+        assert is_on()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+ENDS_BADLY = """
+import atexit, os, sys, time
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+from infra import errors, processes
+atexit.register(time.sleep, 3600)  # as taking down a group does whose collectives are pending
+
+def main():
+    processes.start_processes(1)
+    raise errors.BadInput("a word of why") if sys.argv[2] == "BadInput" else RuntimeError("a word of why")
+
+processes.command_line(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, code, line", [("BadInput", 2, "error: a word of why"), ("RuntimeError", 1, "Traceback")]
+)
+def test_a_process_of_a_group_that_ends_badly_waits_for_nobody(kind, code, line):
+    command = [sys.executable, "-c", ENDS_BADLY, str(chaos.free_port()), kind]
+    done = subprocess.run(command, cwd=chaos.ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and line in done.stderr and "a word of why" in done.stderr
+
+
+def test_a_resumed_run_that_will_round_otherwise_says_so_in_one_line(places, capsys):
+    folder = places["run"]
+    for changed, words in (("sample.batch_tokens=99", "sample.batch_tokens: 16384 -> 99"), ("train.steps=11", None)):
+        arguments = [*TINY, f"run_dir={folder}", "resume=true", changed]
+        before = (folder / "config.yaml").read_text()
+        infra.run_folder.open_run_folder(infra.config.read_config(train.Config, arguments, None))
+        (folder / "config.yaml").write_text(before)
+        said = capsys.readouterr().out
+        assert (
+            said.count("sums are rounded otherwise") == said.count("\n") == int(bool(words)) and (words or "") in said
+        )
+
+
 def test_another_runtime_error_stays_what_it_is():
     with pytest.raises(RuntimeError, match="shapes do not match"), infra.errors.enough_memory("update"):
         raise RuntimeError("shapes do not match")
