@@ -3,6 +3,7 @@
 Linux only (memory is read from /proc). A benchmark imports this first: it puts the repository's root on the path.
 """
 
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,8 @@ class Work:
     prompt_tokens: int = 96
     new_tokens: int = 160  # the longest response
     lengths: str = "ragged"  # or full: all of new_tokens
+    drawn: tuple[int, ...] = ()  # lengths that ragged responses are drawn from; none: geometric, by HAZARD
+    stops: tuple[int, ...] = (EOS,)  # ids that end a response
     rows_per_pass: int = 16  # the micro-batch
     hidden: int = 256
     layers: int = 6
@@ -89,30 +92,48 @@ def response_lengths(uniforms, work: Work):
     """The forced length of each response, by its first uniform number [B] in [0, 1) -> [B], 1..new_tokens."""
     if work.lengths == "full":
         return (uniforms * 0 + work.new_tokens).long()
+    if work.drawn:
+        return uniforms.new_tensor(work.drawn)[(uniforms * len(work.drawn)).long()].long()
     return (1 + ((1 - uniforms).log() / math.log(1 - HAZARD)).floor()).clamp(max=work.new_tokens).long()
 
 
-def with_length_forced(scores, lengths, step: int):
-    """logits [b, V] of token `step`, from 0 -> the same, with the stop impossible before a row's end and sure at it."""
-    scores = scores.clone()
-    scores[:, EOS] = -math.inf
+def force_length_(scores, lengths, step: int, work: Work) -> None:
+    """In place, in logits [b, V] of token `step` (from 0): no stop before a row's end, and nothing else at it."""
     ends = step + 1 >= lengths
-    scores[ends] = -math.inf
-    scores[ends, EOS] = 0.0
-    return scores
+    scores.masked_fill_(ends[:, None], -math.inf)
+    for stop in work.stops:
+        scores[:, stop] = -math.inf
+    scores[:, work.stops[0]].masked_fill_(ends, 0.0)
 
 
 def force_lengths(work: Work) -> None:
-    """Make our sampler end each response where `response_lengths` says; it records the model's own log-probs still."""
+    """Make our sampler end each response where `response_lengths` says.
+
+    It chooses as ever; then a stop before the end is replaced, and the last token is a stop. The log-prob that it notes
+    is the model's of what was written: the chosen token's, and the difference of the two logits. Nothing here is as
+    large as the vocabulary, and nothing waits for the GPU.
+    """
     import sample
+    import torch
+
+    no_stop = next(i for i in itertools.count() if i not in work.stops)
 
     class Forced(sample.InverseCDF):
-        def choose(self, scores, rows, step):
-            lengths = response_lengths(self.uniforms[:, 0], work)[rows]
-            ids = super().choose(with_length_forced(scores, lengths, step), rows, step)
-            log_p = (scores[:, : self.vocab_size].float() / (self.temperature or 1.0)).log_softmax(-1)
-            self.log_probs[rows, step] = log_p.gather(-1, ids[:, None])[:, 0]
-            return ids
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            assert self.prompt_length == work.prompt_tokens, "the prompts are not those of the work"
+            self.lengths = response_lengths(self.uniforms[:, 0], work)
+
+        def choose(self, logits, rows, step):
+            chosen = super().choose(logits, rows, step)
+            is_stop = torch.zeros_like(chosen, dtype=torch.bool)
+            for stop in work.stops:
+                is_stop |= chosen == stop
+            written = torch.where(is_stop, no_stop, chosen)
+            written = torch.where(step + 1 >= self.lengths[rows], work.stops[0], written)
+            both = logits.gather(-1, torch.stack([written, chosen], 1)).float() / (self.temperature or 1.0)
+            self.log_probs[rows, step] += both[:, 0] - both[:, 1]
+            return written
 
     sample.InverseCDF = Forced
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import common
 from common import TINY, Work
-from sides import measured, side
+from sides import PROMPTS, Setting, measured, side
 from step import summary
 
 BASE = Work(group_size=4, new_tokens=128, lengths="full")
@@ -51,7 +51,8 @@ def main() -> None:
         work = replace(base, **change)
         with tempfile.TemporaryDirectory() as folder:
             parameters = common.make_model(Path(folder), work)
-            answers = measured({"ours": side("ours", folder, work, args.config)}, args)
+            setting = Setting(folder, folder, tuple(common.texts(PROMPTS, work.prompt_tokens)))
+            answers = measured({"ours": side("ours", setting, work, args.config)}, args)
         figures = summary(answers)[1]
         row = {stage: figures[f"{stage}, s"]["ours"] for stage in SHOWN}
         row |= {"tokens / s": figures["tokens / s"]["ours"], "peak MiB": figures["peak MiB"]["ours"]}

@@ -5,18 +5,24 @@ Response i of step s is forced to the same length on both sides: a function of t
 are a function of (seed, purpose, prompt position, sibling).
 """
 
+import importlib.util
 import json
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import common
 from common import Steps, Work, Worker
 
 STAGES = ("sample", "reward", "log_probs", "advantage", "update")
-PROMPTS = 512  # different ones
+PROMPTS = 512  # different ones, for a model with random weights
+PIP = "pip install trl datasets accelerate"
+
+
+def has_trl() -> bool:
+    return all(map(importlib.util.find_spec, PIP.split()[2:]))
 
 
 def ours(settings: dict, work: Work, steps: Steps) -> None:
@@ -57,7 +63,7 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         if steps.start is not None:
             steps.counts[key] += n
 
-    problems = [Problem(text, "", "digits") for text in common.texts(PROMPTS, work.prompt_tokens)]
+    problems = [Problem(text, "", "digits") for text in settings["prompts"]]
     tasks.SOURCES["bench"] = lambda config, seed: (problems, problems)
     rewards.GRADERS["digits"] = lambda text, _: (sum(c.isdigit() for c in text) / max(1, len(text)), "digits")
     common.force_lengths(work)
@@ -68,18 +74,19 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
     (Path(settings["folder"]) / "empty.yaml").write_text("")
     config = {
         "run_dir": tempfile.mkdtemp(dir=settings["folder"]),
-        "model.path": settings["folder"],
+        "model.path": settings["model"],
         "model.attention": settings["attention"],
-        "model.dtype": "float32",
+        "model.dtype": settings["dtype"],
         "data.source": "bench",
         "data.path": "made here",
-        "data.train_size": PROMPTS,
+        "data.prompt": "{question}",
         "sample.group_size": work.group_size,
         "sample.max_new_tokens": work.new_tokens,
         "algorithm.beta": 0.04,
         "train.prompts_per_step": work.prompts,
         "train.mini_batch_size": work.prompts * work.group_size,
-        "train.old_log_probs": "sampler",  # the peer makes no pass for them either: one update per step
+        # The peer makes no pass for them either, having one update per step; in bfloat16 we must.
+        "train.old_log_probs": "sampler" if settings["dtype"] == "float32" else "recompute",
         # As many rows as the peer's pass if all are full, their prompts once: shorter ones share the room.
         "train.micro_batch_tokens": -(-work.rows_per_pass // work.group_size) * work.prompt_tokens
         + work.rows_per_pass * work.new_tokens,
@@ -104,7 +111,8 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
     def digits(completions, completion_ids, **_):
         nonlocal tokens
         tokens = sum(map(len, completion_ids))
-        return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+        texts = [x if isinstance(x, str) else x[0]["content"] for x in completions]
+        return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
 
     def generate(**inputs):
         nonlocal place
@@ -114,8 +122,12 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
         lengths = common.response_lengths(uniforms, work).to(model.device)
         width = inputs["input_ids"].shape[1]
         assert inputs["input_ids"].shape == (rows, work.prompt_tokens)
-        force = LogitsProcessorList([lambda ids, x: common.with_length_forced(x, lengths, ids.shape[1] - width)])
-        return inner_generate(**inputs, logits_processor=force)
+
+        def force(ids, scores):
+            common.force_length_(scores, lengths, ids.shape[1] - width, work)
+            return scores
+
+        return inner_generate(**inputs, logits_processor=LogitsProcessorList([force]))
 
     class Gate(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer, **_):
@@ -129,7 +141,7 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
     config = GRPOConfig(
         output_dir=settings["folder"] + "/trl",
         use_cpu=not common.on_gpu(),
-        bf16=False,
+        bf16=settings["dtype"] == "bfloat16",  # autocast over fp32 weights: ours keeps fp32 master weights too
         gradient_checkpointing=False,
         per_device_train_batch_size=work.rows_per_pass,
         gradient_accumulation_steps=rows // work.rows_per_pass,
@@ -145,9 +157,12 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(settings["folder"])
-    prompts = Dataset.from_dict({"prompt": common.texts(PROMPTS, work.prompt_tokens)})
-    trainer = GRPOTrainer(settings["folder"], digits, config, prompts, processing_class=tokenizer, callbacks=[Gate()])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(settings["model"])
+    prompts = settings["prompts"]
+    if tokenizer.chat_template:  # what our side does by default
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+    dataset = Dataset.from_dict({"prompt": prompts})
+    trainer = GRPOTrainer(settings["model"], digits, config, dataset, processing_class=tokenizer, callbacks=[Gate()])
     model = trainer.model
     inner_generate, model.generate = model.generate, generate
     steps.clock(model, "generate", "sample")
@@ -162,10 +177,21 @@ def trl(settings: dict, work: Work, steps: Steps) -> None:
 # --- starting and asking them -------------------------------------------------------------------------------------
 
 
-def side(name: str, folder: str, work: Work, config=(), attention: str = "sdpa", onednn: bool = False) -> dict:
+@dataclass(frozen=True)
+class Setting:
+    """What both sides have in common: where they may write, the model's folder, prompts, and how it is computed."""
+
+    folder: str
+    model: str
+    prompts: tuple[str, ...]
+    dtype: str = "float32"  # of compute on a GPU; a CPU computes in float32
+    attention: str = "sdpa"
+    onednn: bool = False
+
+
+def side(name: str, setting: Setting, work: Work, config=()) -> dict:
     """The settings of one child: `name` is ours or TRL, `config` holds key=value for ours."""
-    way = {"attention": attention, "onednn": onednn}
-    return {"name": name, "folder": folder, "work": asdict(work), "config": list(config), **way}
+    return {"name": name, "work": asdict(work), "config": list(config), **asdict(setting)}
 
 
 def use_onednn(on: bool) -> None:

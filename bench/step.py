@@ -3,20 +3,21 @@
     python bench/step.py                                             # ragged and full lengths, 5 pairs each, one core
     python bench/step.py --pairs 1 --lengths ragged                  # quick
     python bench/step.py --best                                      # also: each side's fastest exact fp32 settings
+    python bench/step.py --model DIR                                 # a pretrained model, 2 pairs (real_model.py)
     python bench/step.py --stages                                    # what SPRO computes beside GRPO; stage 4's share
     python bench/step.py --ours-only train.old_log_probs=recompute   # without TRL; key=value changes our config
     pip install trl datasets accelerate                              # the peer (measured with trl 1.16.0)
 
 Both sides start from the same model with random weights: fp32, sdpa, micro-batches of 16 rows, no gradient
 checkpointing, one optimizer step per step and no pass for old log-probs, a reference each (TRL: beta 0.04). Their
-responses have equal lengths, row by row (sides.py). Each side is a child process, pinned to the same cores and warmed
-up, that steps when asked: ours, TRL's, ours, TRL's. Seconds are CPU seconds, which neighbours on the machine change
-least (on a GPU: wall). A ratio is ours / TRL, the median over the pairs; that of memory is of the processes' whole
-peaks, the worse of both lengths.
+responses have equal lengths, row by row (sides.py): with --model, lengths that the model itself has given. Each side is
+a child process, pinned to the same cores and warmed up, that steps when asked: ours, TRL's, ours, TRL's. Seconds are
+CPU seconds, which neighbours on the machine change least (on a GPU: wall). A ratio is ours / TRL, the median over the
+pairs; that of memory is of the processes' whole peaks, the worse of both lengths. --dtype bfloat16 is for a GPU: both
+sides then compute in it over fp32 weights, and ours makes the pass for old log-probs that it needs there.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -25,8 +26,9 @@ from pathlib import Path
 from statistics import median
 
 import common
+import real_model
 from common import Work
-from sides import STAGES, measured, side, use_onednn
+from sides import PIP, PROMPTS, STAGES, Setting, has_trl, measured, side, use_onednn
 
 
 def summary(answers: dict[str, list[dict]]) -> tuple[list[list], dict[str, dict]]:
@@ -53,12 +55,13 @@ def summary(answers: dict[str, list[dict]]) -> tuple[list[list], dict[str, dict]
     return [["", *answers, "ours / TRL" if len(answers) == 2 else ""], *lines], figures
 
 
-def compare(args, folder: str, work: Work, ways: dict[str, dict]) -> dict[str, dict]:
+def compare(args, setting: Setting, work: Work, ways: dict[str, dict]) -> dict[str, dict]:
     """Print a table per kind of lengths -> {kind: figures}. ways: {side: its attention and oneDNN settings}."""
     found = {}
     for lengths in ("ragged", "full") if args.lengths == "both" else (args.lengths,):
         one = replace(work, lengths=lengths)
-        answers = measured({name: side(name, folder, one, args.config, **way) for name, way in ways.items()}, args)
+        sides = {name: side(name, replace(setting, **way), one, args.config) for name, way in ways.items()}
+        answers = measured(sides, args)
         lines, found[lengths] = summary(answers)
         tokens = median(answer["tokens"] for answer in answers["ours"])
         print(f"\n{lengths}: {tokens:.0f} tokens per step; medians of {args.pairs} steps; {ways}")
@@ -66,28 +69,29 @@ def compare(args, folder: str, work: Work, ways: dict[str, dict]) -> dict[str, d
     return found
 
 
-def fastest(name: str, args, folder: str, work: Work) -> dict:
+def fastest(name: str, args, setting: Setting, work: Work) -> dict:
     """The attention and oneDNN settings that take one side the least time for the work, by one step of each."""
     ways = {f"{a}, {on}": {"attention": a, "onednn": on} for a in ("sdpa", "eager") for on in (False, True)}
-    trials = {label: side(name, folder, work, args.config, **way) for label, way in ways.items()}
+    trials = {label: side(name, replace(setting, **way), work, args.config) for label, way in ways.items()}
     figures = summary(measured(trials, argparse.Namespace(pairs=1, threads=args.threads)))[1]["step, s"]
     return ways[min(ways, key=lambda label: figures[label])]
 
 
-def precision(folder: str, work: Work) -> dict[str, dict[str, float]]:
+def precision(model_folder: str, work: Work) -> dict[str, dict[str, float]]:
     """{way of fp32 products: the largest error of a log-prob, the relative error of a gradient}, against float64."""
     import model
     import torch
+    from spro import Batch
 
-    policy, found = model.load(folder)[0], {}
-    tokens = torch.randint(
-        3, work.vocabulary, (4, work.prompt_tokens + work.new_tokens), generator=torch.manual_seed(0)
-    )
+    policy, found = model.load(model_folder), {}
+    length = work.prompt_tokens + work.new_tokens
+    tokens = torch.randint(3, policy.vocab_size, (4, length), generator=torch.manual_seed(0))
+    everywhere = torch.ones_like(tokens).bool()
+    batch = Batch(tokens=tokens, attention_mask=everywhere, mask=everywhere[:, -work.new_tokens :])
     ways = (("float64", False, torch.float64), ("default", False, torch.float32), ("oneDNN", True, torch.float32))
     for name, onednn, dtype in ways:  # float64 first: the weights then return to fp32 as they were
         use_onednn(onednn)
-        mask = torch.ones_like(tokens).bool()
-        log_probs, _ = model.token_log_probs(policy.to(dtype), tokens, mask, work.new_tokens, 1.0)
+        log_probs = model.token_log_probs(policy.to(dtype), batch, 1.0).log_probs
         gradients = torch.autograd.grad(log_probs.mean(), list(policy.parameters()))
         found[name] = log_probs.detach().double(), torch.cat([part.double().flatten() for part in gradients])
     use_onednn(False)
@@ -98,11 +102,10 @@ def precision(folder: str, work: Work) -> dict[str, dict[str, float]]:
     }
 
 
-def stages(args, folder: str, work: Work) -> dict:
+def stages(args, setting: Setting, work: Work) -> dict:
     """Print what SPRO computes beside GRPO, in token positions by model and stage, and stage 4's share of a step."""
-    sides = {
-        name: side("ours", folder, work, [f"algorithm.advantage={name}", *args.config]) for name in ("spro", "grpo")
-    }
+    names = ("spro", "grpo")
+    sides = {name: side("ours", setting, work, [f"algorithm.advantage={name}", *args.config]) for name in names}
     answers = measured(sides, args)
     spro, grpo = (steps[-1]["counts"] for steps in answers.values())
     lines = [[key, n, grpo.get(key, 0), n - grpo.get(key, 0)] for key, n in spro.items()]
@@ -117,11 +120,13 @@ def stages(args, folder: str, work: Work) -> dict:
     return {"positions": {"spro": spro, "grpo": grpo}, "one_reference_pass": one_pass, "advantage_share": share}
 
 
-def main() -> None:
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", help="key=value, for our side")
-    parser.add_argument("--pairs", type=int, default=5, help="measured steps of each side")
+    parser.add_argument("--model", help="a folder with a pretrained model, instead of random weights")
+    parser.add_argument("--pairs", type=int, help="measured steps of each side; default 5, with --model 2")
     parser.add_argument("--lengths", choices=("ragged", "full", "both"), default="both")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of compute on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of each side, and cores")
     parser.add_argument("--best", action="store_true", help="more tables, with each side's fastest exact fp32 settings")
     parser.add_argument("--stages", action="store_true", help="instead: what SPRO computes beside GRPO")
@@ -129,22 +134,38 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="next to no work, to try the script")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    names = ("ours",) if args.ours_only or args.stages else ("ours", "TRL")
-    if "TRL" in names and not all(map(importlib.util.find_spec, ("trl", "datasets", "accelerate"))):
-        sys.exit("error: TRL is not installed: pip install trl datasets accelerate, or give --ours-only")
+    args.pairs = args.pairs or (2 if args.model else 5)
+    return args
+
+
+def asked(args, folder: str) -> tuple[Setting, Work]:
+    """Model, prompts and the shape of the work; a model with random weights is made in `folder`."""
+    if args.model:
+        prompts, work = real_model.asked(args.model)
+        print(f"prompts of {work.prompt_tokens} tokens; lengths of ragged responses are drawn from {work.drawn}")
+        return Setting(folder, args.model, prompts, args.dtype), work
     work = common.TINY if args.tiny else Work()
+    common.make_model(Path(folder), work)
+    return Setting(folder, folder, tuple(common.texts(PROMPTS, work.prompt_tokens)), args.dtype), work
+
+
+def main() -> None:
+    args = parse_arguments()
+    names = ("ours",) if args.ours_only or args.stages else ("ours", "TRL")
+    if "TRL" in names and not has_trl():
+        sys.exit(f"error: TRL is not installed: {PIP}, or give --ours-only")
     figures: dict = {}
     with tempfile.TemporaryDirectory() as folder:
-        common.make_model(Path(folder), work)
+        setting, work = asked(args, folder)
         if args.stages:
-            figures["stages"] = stages(args, folder, work)
+            figures["stages"] = stages(args, setting, work)
         else:
-            figures["default"] = compare(args, folder, work, {name: {} for name in names})
+            figures["default"] = compare(args, setting, work, {name: {} for name in names})
         if args.best and not args.stages:
-            figures["precision"] = precision(folder, work)
+            figures["precision"] = precision(setting.model, work)
             print("\nerrors against float64, largest of a log-prob and relative of a gradient:", figures["precision"])
-            ways = {name: fastest(name, args, folder, work) for name in names}
-            figures["best"] = compare(args, folder, work, ways)
+            ways = {name: fastest(name, args, setting, work) for name in names}
+            figures["best"] = compare(args, setting, work, ways)
     if "TRL" in names:
         ratios = {kind: found["step, s"]["ratio"] for kind, found in figures["default"].items()}
         ratios["memory"] = max(found["peak MiB"]["ratio"] for found in figures["default"].values())
