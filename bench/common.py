@@ -47,14 +47,11 @@ TINY = Work(
 )
 
 
-def make_model(folder: Path, work: Work, tied: bool = False) -> int:
-    """Save a model with random weights (seed 0) and a tokenizer of single bytes and unused words -> its parameters."""
-    import torch
+def make_tokenizer(folder: Path, work: Work) -> None:
+    """Save a tokenizer of single bytes and unused words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    from transformers.utils import logging
+    from transformers import PreTrainedTokenizerFast
 
-    logging.disable_progress_bar()
     names = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"<unused {i}>" for i in range(len(names), work.vocabulary)]
     core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>"))
@@ -62,24 +59,56 @@ def make_model(folder: Path, work: Work, tied: bool = False) -> int:
     core.decoder = decoders.ByteLevel()
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
     PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special).save_pretrained(folder)
+
+
+def make_model(
+    folder: Path, work: Work, tied: bool = False, device: str = "cpu", dtype: str = "float32", nats: float | None = None
+) -> int:
+    """Save a model with random weights (seed 0, drawn on `device`, kept in `dtype`) and a tokenizer -> its parameters.
+
+    `nats`: scale its logits until their entropy is that.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    make_tokenizer(folder, work)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=work.vocabulary,
-            hidden_size=work.hidden,
-            num_hidden_layers=work.layers,
-            num_attention_heads=work.heads,
-            num_key_value_heads=work.kv_heads,
-            intermediate_size=work.intermediate,
-            max_position_embeddings=4096,
-            tie_word_embeddings=tied,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=EOS,
-        )
+    config = Qwen2Config(
+        vocab_size=work.vocabulary,
+        hidden_size=work.hidden,
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
+        num_key_value_heads=work.kv_heads,
+        intermediate_size=work.intermediate,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=EOS,
     )
-    model.save_pretrained(folder)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config)
+    if nats is not None:
+        sharpen(model, nats)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     return model.num_parameters()
+
+
+def sharpen(model, nats: float) -> None:
+    """Scale a fresh model's logits, by its last norm, until random contexts leave an entropy of `nats` on average."""
+    import torch
+
+    with torch.no_grad():
+        tokens = torch.randint(3, model.config.vocab_size, (4, 32), device=model.device)
+        logits = model(tokens, use_cache=False).logits[:, 8:].double()
+        low, high = 0.0, 1e3
+        for _ in range(30):
+            scale = (low + high) / 2
+            entropy = torch.distributions.Categorical(logits=scale * logits).entropy().mean().item()
+            low, high = (scale, high) if entropy > nats else (low, scale)
+        model.model.norm.weight.mul_(scale)
 
 
 def texts(n: int, tokens: int) -> list[str]:

@@ -45,18 +45,26 @@ def score(policy, way: str, tokens, new_tokens: int):
     return log_probs, entropy
 
 
-def measure(folder: str, way: str, work: Work) -> None:
-    """In its own process: print {"MiB": ..., "seconds": ...}, save values and gradients to `folder`."""
-    import model
+def on_device(policy, dtype: str):
+    """The policy on the GPU, if there is one, its weights in `dtype`; not sharded."""
     import torch
 
-    policy, device = model.load(folder), "cuda" if common.on_gpu() else "cpu"
-    policy.device = torch.device(device)
-    policy.to(device)
+    policy.device = torch.device("cuda" if common.on_gpu() else "cpu")
+    policy.to(policy.device)
+    for parameter in policy.parameters():  # not buffers: rotary tables stay fp32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return policy
+
+
+def measured(policy, way: str, work: Work) -> tuple[dict[str, float], tuple, dict]:
+    """({"MiB": ..., "seconds": ...}, values, gradients by name) of scoring the work's responses in both directions."""
+    import torch
+
     draw = torch.Generator().manual_seed(0)
     rows = work.prompts * work.group_size
-    tokens = torch.randint(3, work.vocabulary, (rows, work.prompt_tokens + work.new_tokens), generator=draw).to(device)
-    weights = torch.randn(rows, work.new_tokens, generator=draw).to(device)
+    tokens = torch.randint(3, work.vocabulary, (rows, work.prompt_tokens + work.new_tokens), generator=draw)
+    weights = torch.randn(rows, work.new_tokens, generator=draw).to(policy.device)
+    tokens = tokens.to(policy.device)
 
     def forward_and_backward(tokens, weights):
         values = score(policy, way, tokens, weights.shape[1])
@@ -68,44 +76,63 @@ def measure(folder: str, way: str, work: Work) -> None:
     common.reset_peak()
     before = common.memory()[0]
     seconds, values = common.seconds_of(lambda: forward_and_backward(tokens, weights))
-    print(json.dumps({"MiB": common.memory()[1] - before, "seconds": seconds}))
+    figures = {"MiB": common.memory()[1] - before, "seconds": seconds}
     gradients = {name: parameter.grad.cpu() for name, parameter in policy.named_parameters()}
-    torch.save(([value.detach().cpu() for value in values], gradients), Path(folder) / f"{way}.pt")
+    policy.zero_grad(set_to_none=True)
+    return figures, tuple(value.detach().cpu() for value in values), gradients
+
+
+def differences(plain: tuple, ours: tuple) -> dict[str, float]:
+    """The largest ones between two ways, each (values, gradients): of log-probs, and relative of the others."""
+    ((plain_log_probs, plain_entropy), of_plain), ((log_probs, entropy), of_ours) = plain, ours
+    norm = sum(g.double().norm() ** 2 for g in of_plain.values()) ** 0.5
+    off = sum((of_ours[name].double() - g.double()).norm() ** 2 for name, g in of_plain.items()) ** 0.5
+    return {
+        "log-prob": (log_probs - plain_log_probs).abs().max().item(),
+        "entropy, relative": ((entropy - plain_entropy) / plain_entropy).abs().max().item(),
+        "gradient, relative": (off / norm).item(),
+    }
+
+
+def measure(folder: str, way: str, work: Work, dtype: str) -> None:
+    """In its own process: print {"MiB": ..., "seconds": ...}, save values and gradients to `folder`."""
+    import model
+    import torch
+
+    figures, *found = measured(on_device(model.load(folder), dtype), way, work)
+    print(json.dumps(figures))
+    torch.save(found, Path(folder) / f"{way}.pt")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="next to no work, to try the script")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and passes")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # with --folder: the child process
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = TINY if args.tiny else LARGE
     if args.way:
-        return measure(args.folder, args.way, work)
+        return measure(args.folder, args.way, work, args.dtype)
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         common.make_model(Path(folder), work, tied=True)
-        child = [sys.executable, __file__, *(["--tiny"] if args.tiny else []), "--folder", folder, "--way"]
-        found = {way: json.loads(subprocess.check_output([*child, way]).splitlines()[-1]) for way in WAYS}
-        (plain, of_plain), (ours, of_ours) = (torch.load(Path(folder) / f"{way}.pt") for way in WAYS)
+        child = [sys.executable, __file__, "--dtype", args.dtype, "--folder", folder]
+        child += ["--tiny"] if args.tiny else []
+        found = {way: json.loads(subprocess.check_output([*child, "--way", way]).splitlines()[-1]) for way in WAYS}
+        errors = differences(*(torch.load(Path(folder) / f"{way}.pt") for way in WAYS))
     ratios = {key: found[WAYS[1]][key] / found[WAYS[0]][key] for key in ("MiB", "seconds")}
-    norm = sum(g.double().norm() ** 2 for g in of_plain.values()) ** 0.5
-    off = sum((of_ours[name].double() - g.double()).norm() ** 2 for name, g in of_plain.items()) ** 0.5
-    (log_probs, entropy), (plain_log_probs, plain_entropy) = ours, plain
-    errors = {
-        "log-prob": (log_probs - plain_log_probs).abs().max().item(),
-        "entropy, relative": ((entropy - plain_entropy) / plain_entropy).abs().max().item(),
-        "gradient, relative": (off / norm).item(),
-    }
-    print(f"{work.prompts * work.group_size} x {work.new_tokens} response tokens, {work.vocabulary} words, fp32")
+    responses = f"{work.prompts * work.group_size} x {work.new_tokens}"
+    print(f"{responses} response tokens, {work.vocabulary} words, {args.dtype}")
     rows = [[key, *(found[way][key] for way in WAYS), ratios[key]] for key in ratios]
     print(common.table([["", *WAYS, "ratio"], *rows]))
     print("largest differences between the two ways:", errors)
     if args.json:
         Path(args.json).write_text(json.dumps({"ways": found, "ratios": ratios, "errors": errors}, indent=1))
-    if max(errors["log-prob"], errors["entropy, relative"]) > 1e-5 or errors["gradient, relative"] > 1e-4:
+    disagree = max(errors["log-prob"], errors["entropy, relative"]) > 1e-5 or errors["gradient, relative"] > 1e-4
+    if args.dtype == "float32" and disagree:
         sys.exit("error: the two ways disagree by more than 1e-5 in a value or 1e-4 in the gradient")
     return None
 

@@ -48,6 +48,7 @@ def ours(settings: dict, work: Work, steps: Steps) -> None:
         append_line(file, row)
         if row["step"]:
             assert set(STAGES) == steps.stages.keys(), "train.py's stages have changed"
+            steps.counts["refused"] = row["updates/refused"]
             steps.end(round(row["response_length/mean"] * work.prompts * work.group_size))
 
     def counted(*args):

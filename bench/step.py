@@ -107,7 +107,7 @@ def stages(args, setting: Setting, work: Work) -> dict:
     names = ("spro", "grpo")
     sides = {name: side("ours", setting, work, [f"algorithm.advantage={name}", *args.config]) for name in names}
     answers = measured(sides, args)
-    spro, grpo = (steps[-1]["counts"] for steps in answers.values())
+    spro, grpo = ({k: n for k, n in steps[-1]["counts"].items() if k != "refused"} for steps in answers.values())
     lines = [[key, n, grpo.get(key, 0), n - grpo.get(key, 0)] for key, n in spro.items()]
     print("\ntoken positions through each model in one step, padding included, counted at its embedding")
     print(common.table([["model, stage", "spro", "grpo", "spro - grpo"], *lines]))
