@@ -126,8 +126,8 @@ def same_texts(what: str, cpu, gpu) -> dict:
 
 def same_metrics(what: str, cpu, gpu) -> dict:
     """Of two runs, to CLOSE."""
-    apart_by = far_apart(cpu, gpu, CLOSE)
-    return check(what, not apart_by, "; ".join(apart_by[:3]) or "all of them")
+    differ = far_apart(cpu, gpu, CLOSE)
+    return check(what, not differ, "; ".join(differ[:3]) or "all of them")
 
 
 def gradient_here(bench: Bench, model_folder: str):
@@ -148,9 +148,8 @@ def gradient_here(bench: Bench, model_folder: str):
         gradient = [part.cpu() for part in gradient_of(policy, program.Config(), batch, advantages)]
         norms.append(math.sqrt(dot(gradient, gradient)))
     off = abs(norms[1] / norms[0] - 1)
-    yield check(
-        "GPU in bf16: grad_norm of one batch within 5 %", off < 0.05, f"{norms[0]:.4g}, on the GPU {norms[1]:.4g}"
-    )
+    words = f"{norms[0]:.4g}, on the GPU {norms[1]:.4g}"
+    yield check("GPU in bf16: grad_norm of one batch within 5 %", off < 0.05, words)
 
 
 def sampled(policy, decoding: str):
@@ -221,7 +220,10 @@ def launches(what: str, policy, way: str) -> dict:
     kinds = {"kernels": ("cudaLaunchKernel", "cudaLaunchKernelExC"), "graphs": ("cudaGraphLaunch",)}
     kinds["waits"] = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
     figures = {kind: sum(counts.get(name, 0) for name in names) / tokens for kind, names in kinds.items()}
-    return note(what, ", ".join(f"{n:.1f} {kind}" for kind, n in figures.items()), **figures)
+    words = ", ".join(f"{n:.1f} {kind}" for kind, n in figures.items())
+    if way == "fast":  # its step is recorded once and replayed: fast/recorded.py
+        return check(what, figures["graphs"] > 0.3, words, **figures)
+    return note(what, words, **figures)
 
 
 def resume(bench: Bench):

@@ -6,6 +6,7 @@ in a forked process each is a fresh interpreter instead, which costs seconds api
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -252,10 +253,10 @@ def far_apart(run: Run, other: Run, tolerance: float) -> list[str]:
     """The metrics of two runs that differ by more than `tolerance`, relative where they are above 1."""
     found = []
     for one, two in zip(run.metrics(), other.metrics(), strict=True):
-        for key, value in one.items():
-            gap = abs(value - two.get(key, float("inf"))) / max(1.0, abs(value))
-            if gap > tolerance:
-                found.append(f"step {one['step']}: {key} {value:.6g} / {two.get(key, float('nan')):.6g}")
+        for key in one | two:
+            a, b = one.get(key, math.nan), two.get(key, math.nan)
+            if not abs(a - b) <= tolerance * max(1.0, abs(a)):  # NaN is far from everything
+                found.append(f"step {one['step']}: {key} {a:.6g} / {b:.6g}")
     return found
 
 
