@@ -166,4 +166,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from infra.processes import command_line
+
+    command_line(main)  # which chooses attention as training does
