@@ -11,13 +11,17 @@ import sys
 
 import pytest
 import yaml
+from infra.dumps import token_texts
 from infra.errors import BadInput
-from tokenizers import pre_tokenizers
+from tasks.chain import chain_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tools import inspector
+from transformers import PreTrainedTokenizerFast
 
 import chaos
 from browser import Browser
 from conftest import finished
+from helpers import chat_tokenizer
 
 BETA, G = 0.1, 3
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\x1b]0;hit\x07\u202e"
@@ -46,12 +50,12 @@ def rollout() -> list[dict]:
     draw, lines = random.Random(0), []
     for group, rewards in enumerate([[1, 1, 1], [0.5, 0.5, 0.5], [1, 0.8, 0.9], [0, 1, 0.3]]):
         for reward in rewards:
-            pieces = [draw.choice(["Ġa", "b", "Ċ", "=", HOSTILE]) for _ in range(draw.randint(3, 9))]
+            texts = [draw.choice([" a", "b", "\n", "=", HOSTILE]) for _ in range(draw.randint(3, 9))]
             line = {"prompt": f"q{group} {HOSTILE}", "reference": HOSTILE, "text": "", "verdict": reward}
-            line |= {"reward": reward, "reason": HOSTILE, "truncated": group == 1, "group": group, "piece": pieces}
+            line |= {"reward": reward, "reason": HOSTILE, "truncated": group == 1, "group": group, "token_text": texts}
             if group:
-                numbers = {name: [-draw.expovariate(1) for _ in pieces] for name in ("log_prob", "ref_log_prob")}
-                line |= numbers | {"entropy": [draw.random() for _ in pieces]}
+                numbers = {name: [-draw.expovariate(1) for _ in texts] for name in ("log_prob", "ref_log_prob")}
+                line |= numbers | {"entropy": [draw.random() for _ in texts]}
             lines.append(line)
     for start in range(G, len(lines), G):
         for line, values in zip(lines[start : start + G], terms(lines[start : start + G]), strict=True):
@@ -100,12 +104,32 @@ def test_every_number_on_the_page_is_that_of_a_loop_over_the_dump(tmp_path):
                 assert shown["values"][name] == pytest.approx(values, rel=6e-4, abs=1e-12), name
 
 
+def scale_of(group: int, view: str) -> float:
+    values = [v for line in terms([s for s in LINES if s["group"] == group]) for v in line[view]]
+    return sorted(map(abs, values))[int(0.98 * (len(values) - 1))]
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_without_colours_every_token_is_followed_by_its_number(view, tmp_path, capsys):
-    look(run_of(tmp_path), "--group", 2, "--view", view)
-    body = re.sub(r"\s+", " ", capsys.readouterr().out.split("\n\n", 1)[1])
-    figures = [float(text) for text in re.findall(r"\[([-+][\d.e-]+)\] ", body)]
-    assert figures == pytest.approx([v for values in terms(LINES[6:9]) for v in values[view]], rel=0.06, abs=1e-9)
+def test_without_colours_figures_stand_below_the_tokens_from_which_they_hold(view, tmp_path, capsys, monkeypatch):
+    """Ten cells a token, four in a line: each figure has room, and the token above it is found by its column."""
+    monkeypatch.setenv("COLUMNS", "45")
+    lines = copy.deepcopy(LINES)
+    for line in lines:
+        line["token_text"] = [f"number{t:03} " for t in range(len(line["token_text"]))]
+    look(run_of(tmp_path, lines), "--group", 2, "--view", view)
+    apart, (_, *responses) = scale_of(2, view) / 4, capsys.readouterr().out.split("\n\n")
+    for response, values in zip(responses, terms(LINES[6:9]), strict=True):
+        found, above = {}, ""
+        for row in response.splitlines():
+            if "number" not in row:
+                places = [(match.start(), float(match[0])) for match in re.finditer(r"(?<= )[-+][\d.e+-]+", row)]
+                found |= {int(above[column + 6 : column + 9]): figure for column, figure in places if above}
+            above = row if "number" in row else ""
+        expected, last = {}, math.inf
+        for t, value in enumerate(values[view]):
+            if abs(value - last) >= apart:
+                expected[t] = last = value
+        assert found == {t: pytest.approx(value, rel=0.06) for t, value in expected.items()}
 
 
 def test_a_terminal_shades_blue_above_0_and_orange_underlined_below(tmp_path, capsys, monkeypatch):
@@ -129,11 +153,11 @@ def test_lines_keep_to_the_width_and_the_living_are_counted(tmp_path, capsys, mo
     monkeypatch.setenv("COLUMNS", "40")
     lines = copy.deepcopy(LINES)
     for line in lines:
-        line["piece"] = ["wide漢字"[: 2 + i % 4] for i in range(len(line["piece"]))]
+        line["token_text"] = ["wide漢字"[: 2 + i % 4] for i in range(len(line["token_text"]))]
     look(run_of(tmp_path, lines), "--group", 3)
     out = capsys.readouterr().out
     assert max(sum(1 + (c in "漢字") for c in line) for line in out.splitlines()) <= 40
-    lengths = [len(line["piece"]) for line in LINES[9:12]]
+    lengths = [len(line["token_text"]) for line in LINES[9:12]]
     ends = ", ".join(f"{sum(m >= n for m in lengths)} to token {n}" for n in sorted(set(lengths)))
     assert ends in re.sub(r"\s+", " ", out)
 
@@ -186,11 +210,11 @@ def test_a_value_that_is_not_finite_is_named_and_breaks_nothing(tmp_path, capsys
     values = page["groups"][0]["responses"][0]["values"]
     assert values["advantage"][0] is None and values["log_prob"][2] is None and page["check"].startswith("⚠")
     look(tmp_path)
-    assert "[+nan]" in capsys.readouterr().out
+    assert "+nan" in capsys.readouterr().out
 
 
 def test_a_page_takes_further_groups_while_there_is_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspector, "PAGE_TOKENS", sum(len(line["piece"]) for line in LINES[3:6] + LINES[9:12]))
+    monkeypatch.setattr(inspector, "PAGE_TOKENS", sum(len(line["token_text"]) for line in LINES[3:6] + LINES[9:12]))
     assert [group["group"] for group in page_of(run_of(tmp_path))["groups"]] == [3, 1]
     monkeypatch.setattr(inspector, "PAGE_TOKENS", 1)
     assert [group["group"] for group in page_of(tmp_path)["groups"]] == [3]
@@ -214,10 +238,10 @@ CASES = {
     "a list is short": (lambda f: broken(f, SHORT + "\n"), [], "line 5 is broken: its lists .* differ in length"),
     "half a group": (lambda f: run_of(f, LINES[:-1]), [], "group 3 is not 3 whole responses"),
     "no reward": (lambda f: broken(f, json.dumps(LINES[4] | {"reward": None}) + "\n"), [], "its reward is no number"),
-    "of the first house": (
-        lambda f: broken(f, json.dumps(without(LINES[4], "verdict")) + "\n"),
+    "of an earlier version": (
+        lambda f: broken(f, json.dumps(without(LINES[4], "token_text") | {"piece": ["Ġa"]}) + "\n"),
         [],
-        "has no 'verdict'",
+        "has no 'token_text'; dumps of an earlier version want the commit",
     ),
     "empty": (lambda f: run_of(f, []), [], "is empty"),
     "no folder for it": (run_of, ["--html", "/nowhere/page.html"], "/nowhere/page.html cannot be written"),
@@ -239,18 +263,50 @@ def test_what_a_model_wrote_cannot_command_the_terminal(tmp_path, capsys):
     assert not {c for c in out if not c.isprintable()} - {"\n"} and "\\x1b]0;hit\\x07\\u202e" in out
 
 
-def test_pieces_of_a_byte_level_vocabulary_read_as_the_text_they_stand_for():
-    text = "Ünïcode, 漢字\tand\n 🙂 {x}"
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert sorted(inspector.byte_alphabet()) == sorted(level.alphabet())
-    pieces = [piece for piece, _ in level.pre_tokenize_str(text)]
-    (shown,) = inspector.readable([{"piece": pieces}])
-    assert "".join(shown) == text.replace("\n", "↵\n").replace("\t", "\\t")
-    halves = level.pre_tokenize_str(" 🙂")[0][0]  # a space and a character of four bytes, cut in two
-    assert inspector.readable([{"piece": [halves[:3], halves[3:], "<|im_end|>"]}]) == [
-        [" \\xf0\\x9f", "\\x99\\x82", "<|im_end|>"]
-    ]
-    assert inspector.readable([{"piece": ["▁the", "<0x0A>", "é"]}]) == [[" the", "↵\n", "é"]]  # SentencePiece
+TEXT = "Ünïcode, 漢字\tand\n\n  🙂 {x}  42"
+
+
+def sentencepiece(texts: list[str]):
+    """A tokenizer as Llama 2 has it: a space is ▁, an unknown character its bytes, and the first space is dropped."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, limit_alphabet=30, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "characters"])
+def test_the_texts_of_a_dumps_tokens_join_to_the_response(kind):
+    learned = ["and the text, and {x}", "Unicode and 42"] * 3
+    tokenizers = {
+        "byte-level": chat_tokenizer,
+        "sentencepiece": sentencepiece,
+        "characters": lambda _: chain_tokenizer(),
+    }
+    tokenizer = tokenizers[kind](learned)
+    text = "b1+2=3;#3" if kind == "characters" else TEXT
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    texts = token_texts(tokenizer)(ids)
+    assert "".join(texts) == text and len(texts) == len(ids)
+    assert ("" in texts) == (kind != "characters")  # a byte that is a part of a character
+    for t in range(len(ids)):  # cut anywhere
+        joined = "".join(token_texts(tokenizer)(ids[:t]))
+        assert text.startswith(joined.rstrip("\ufffd"))
+        assert joined.startswith(tokenizer.decode(ids[:t]).rstrip("\ufffd"))
+
+
+def test_a_character_belongs_to_the_token_that_completes_it():
+    tokenizer = chat_tokenizer(["x"])
+    space, *accent = tokenizer(" é").input_ids
+    first, second, *_ = tokenizer("🙂").input_ids  # each token is a byte
+    (letter,) = tokenizer("a").input_ids
+    texts_of = token_texts(tokenizer)
+    assert texts_of([space, *accent, tokenizer.eos_token_id]) == [" ", "", "é", "<|im_end|>"]
+    assert texts_of([first, letter, second]) == ["", "\ufffda", "\ufffd"]  # bytes that are no character
+    assert inspector.shown({"token_text": ["", "é", "\x1b"]}) == ["◌", "é", "\\x1b"]
 
 
 def test_a_run_is_inspected_from_the_command_line_without_its_model(tmp_path, warm):
@@ -307,7 +363,7 @@ def shades(browser) -> list[int]:
 
 def expected_shades(group: int, view: str) -> list[int]:
     values = [v for line in terms([s for s in LINES if s["group"] == group]) for v in line[view]]
-    scale = sorted(map(abs, values))[int(0.98 * (len(values) - 1))]
+    scale = scale_of(group, view)
     return [(v > 0.02 * scale) - (v < -0.02 * scale) for v in values]
 
 
@@ -349,7 +405,7 @@ def test_pointing_shows_a_tokens_values_and_a_click_keeps_them(browser, address)
     browser.click(token(2, 2))
     browser.point("h1")
     assert shown_figures(browser) == pytest.approx(figures(3, 2, 2), rel=6e-3)
-    living = sum(len(line["piece"]) >= 2 for line in LINES[9:12])
+    living = sum(len(line["token_text"]) >= 2 for line in LINES[9:12])
     assert readout(browser)["alive"] == f"{living} of 3" and readout(browser)["token"].startswith("2 of")
     assert browser.run("document.querySelectorAll('.here, .level').length") == living
 
@@ -373,6 +429,31 @@ def test_on_a_phone_nothing_overflows_and_a_tap_shows_values(browser, address):
     assert browser.run("document.documentElement.scrollWidth") == 375
     assert browser.run("readout.getBoundingClientRect().height") <= 0.4 * 700
     browser.look(1200, 800)
+
+
+def test_text_in_tokens_reads_as_text_with_its_spaces_and_line_ends_marked(browser, tmp_path):
+    lines = copy.deepcopy(LINES)
+    for line in lines:
+        written = ["The", " num", "ber", ".", "\n", "\n", "I", "s", "  7"]
+        line["token_text"] = written[: len(line["token_text"])]
+    page_of(run_of(tmp_path, lines))
+    browser.look(1200, 800)
+    browser.open((tmp_path / "page.html").as_uri())
+    row = max(range(3), key=lambda i: len(lines[9 + i]["token_text"])) + 1
+    tokens = f"[...document.querySelectorAll('article:nth-child({row}) .t')]"
+    texts = lines[8 + row]["token_text"]
+    assert browser.run(f"{tokens}.map(t => t.textContent)") == texts and len(texts) > 7
+    boxes = [box for box in browser.run(f"{tokens}.map(t => t.getClientRects()[0].toJSON())")]
+    assert all(boxes[t + 1]["left"] == pytest.approx(boxes[t]["right"], abs=0.1) for t in (0, 1, 2, 3, 6))
+    tops = [box["top"] for box in boxes]
+    assert tops[0] == tops[4] < tops[5] < tops[6] == tops[7]
+    browser.point(f"article:nth-child({row}) .t:nth-child(2) i")  # its space
+    assert readout(browser)["token"].startswith("2 of")
+    marks = browser.run(f"{tokens}.map(t => [...t.children].map(m => m.className))")
+    assert marks == [["space" if c == " " else "end" for c in text if c in " \n"] for text in texts]
+    look_of = "[e => getComputedStyle(e).backgroundImage, e => getComputedStyle(e, '::before').content]"
+    drawn = browser.run(f"{look_of}.map((f, k) => f(document.querySelector(['.space', '.end'][k])))")
+    assert "gradient" in drawn[0] and drawn[1] == '"↵"'
 
 
 def test_an_address_leads_to_the_token_it_names_and_nonsense_to_the_start(browser, address):

@@ -124,13 +124,13 @@ def test_the_saved_model_answers_as_the_trained_one_did(tiny_run):
 def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
     rows = [json.loads(line) for line in (tiny_run[0] / "samples" / "step_000005.jsonl").read_text().splitlines()]
     assert [row["group"] for row in rows] == [group for group in range(4) for _ in range(4)]
-    per_token = ("id", "piece", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
+    per_token = ("id", "token_text", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
     for row in rows:
         assert len({len(row[name]) for name in per_token}) == 1
         per_response = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group")
         assert set(row) == {*per_token, *per_response} and row["verdict"] == row["reward"]
-        assert (row["piece"][-1] == "<eos>") != row["truncated"]
-        assert "".join(piece for piece in row["piece"] if not piece.startswith("<")) == row["text"]
+        assert (row["token_text"][-1] == "<eos>") != row["truncated"]
+        assert "".join(text for text in row["token_text"] if not text.startswith("<")) == row["text"]
 
 
 def test_tensorboard_gets_the_rows_of_metrics_and_only_them_after_a_resume(tmp_path):
@@ -193,8 +193,8 @@ def test_a_run_by_lines_gives_all_tokens_of_a_line_one_advantage(tiny_run, tmp_p
     assert done.returncode == 0, done.stderr
     most = 0
     for row in (tmp_path / "line" / "samples" / "step_000002.jsonl").read_text().splitlines():
-        pieces, advantages = json.loads(row)["piece"], json.loads(row)["advantage"]
-        steps = [pieces[:t].count(";") for t in range(len(pieces))]
+        texts, advantages = json.loads(row)["token_text"], json.loads(row)["advantage"]
+        steps = [texts[:t].count(";") for t in range(len(texts))]
         assert len(set(zip(steps, advantages, strict=True))) == steps[-1] + 1
         most = max(most, len(set(advantages)))
     assert most > 1  # at step 2 the policy is not the reference any more

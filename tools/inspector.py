@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import unicodedata
@@ -48,7 +47,7 @@ VIEWS = {
     "cpr": "cumulative process reward, beta x log-ratio summed up to this token (Eq. 11)",
     "log_ratio": "log-prob under the policy minus log-prob under the reference",
 }
-PER_RESPONSE = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group", "piece")
+PER_RESPONSE = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group", "token_text")
 PER_TOKEN = {  # in a line of a kept group -> in a Batch
     dump_key(f.name): f.name for f in fields(Batch) if f.metadata.get("layout") == STEP and f.name not in SAMPLER
 }
@@ -136,14 +135,14 @@ def read_line(text: bytes) -> dict:
             f"it has no {missing[0]!r}; dumps of an earlier version want the commit that config.yaml names"
         )
     line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
-    if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["piece"])} or not line["piece"]:
+    if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["token_text"])} or not line["token_text"]:
         raise ValueError("its lists of values per token differ in length")
     numbers = [line["group"]]
     numbers += [line[name] for name in ("verdict", "reward") if kept or line[name] is not None]
     if not all(isinstance(x, int | float) for x in numbers):
         raise ValueError("its group, its verdict or its reward is no number")
-    if not all(isinstance(x, str) for x in line["piece"]):
-        raise ValueError("a piece of it is no text")
+    if not all(isinstance(x, str) for x in line["token_text"]):
+        raise ValueError("the text of one of its tokens is no text")
     return line
 
 
@@ -154,7 +153,7 @@ def spread(siblings: list[dict]) -> float:
 
 def batch_of(kept: list[dict], group_size: int) -> Batch:
     """The Batch that training had when it dumped these lines, in float64."""
-    mask = pad_sequence([torch.ones(len(line["piece"]), dtype=torch.bool) for line in kept], True)
+    mask = pad_sequence([torch.ones(len(line["token_text"]), dtype=torch.bool) for line in kept], True)
     per_token = {
         field: pad_sequence([line[key] for line in kept], True) for key, field in PER_TOKEN.items() if key in kept[0]
     }
@@ -196,7 +195,7 @@ def with_terms(kept: list[dict], config: dict) -> str:
         msa = masked_step_advantage(cpr, batch.mask, batch.group_size)
         values |= {"msa": msa, "cpr": cpr, "log_ratio": batch.policy_log_probs - batch.ref_log_probs}
     for i, line in enumerate(kept):
-        line["values"] = {name: value[i, : len(line["piece"])] for name, value in values.items()}
+        line["values"] = {name: value[i, : len(line["token_text"])] for name, value in values.items()}
     return check
 
 
@@ -214,27 +213,9 @@ def visible(text) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE (GPT-2, Qwen, Llama 3) writes each byte: a printable one of Latin-1, or,
-    for the other bytes in their order, those from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def readable(siblings: list[dict]) -> list[list[str]]:
-    """The text of each token of each response; a line end is shown and kept, part of a character is spelt \\xNN."""
-    byte_level = any(re.search("[ĠĊ]", piece) for line in siblings for piece in line["piece"])
-    byte_of = byte_alphabet()
-
-    def text_of(piece: str) -> str:
-        if byte_level and all(c in byte_of for c in piece):
-            piece = bytes(byte_of[c] for c in piece).decode(errors="backslashreplace")
-        elif code := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece
-            piece = bytes.fromhex(code[1]).decode(errors="backslashreplace")
-        return visible(piece.replace("▁", " ")).replace("\n", "↵\n")
-
-    return [[text_of(piece) for piece in line["piece"]] for line in siblings]
+def shown(line: dict) -> list[str]:
+    """The text of each token of a response. One that holds a part of a character alone, and has no text, is a ◌."""
+    return [visible(text) or "◌" for text in line["token_text"]]
 
 
 def mark_of(score: float | None) -> str:
@@ -246,7 +227,7 @@ def verdict_of(line: dict) -> str:
     words = ["no verdict" if score is None else f"verdict {score:.3g}"]
     if reward != score:
         words.append(f"reward {reward:.3g} as shaped for training")
-    words += [visible(line["reason"]), f"{len(line['piece'])} tokens"]
+    words += [visible(line["reason"]), f"{len(line['token_text'])} tokens"]
     if line["truncated"]:
         words.append("cut off")
     return f"{mark_of(score)} " + ", ".join(words)
@@ -260,7 +241,7 @@ def page(groups: dict[int, list[dict]], order: list[int], facts: dict) -> tuple[
     shown, room = [], PAGE_TOKENS
     for number in order:
         siblings = groups[number]
-        room -= sum(len(line["piece"]) for line in siblings)
+        room -= sum(len(line["token_text"]) for line in siblings)
         if room >= 0 or not shown:
             shown.append(group_of(number, siblings))
     text = json.dumps({**facts, "groups": shown}, allow_nan=False).replace("<", "\\u003c")  # no tag can end the script
@@ -274,8 +255,8 @@ def group_of(number: int, siblings: list[dict]) -> dict:
     """A group as the page's JSON. Four significant digits, null where a value is not finite."""
     first, kept = siblings[0], "values" in siblings[0]
     responses = []
-    for line, pieces in zip(siblings, readable(siblings), strict=True):
-        response = {"mark": mark_of(line["verdict"]), "verdict": verdict_of(line), "pieces": pieces}
+    for line in siblings:
+        response = {"mark": mark_of(line["verdict"]), "verdict": verdict_of(line), "texts": shown(line)}
         if kept:
             values = line["values"] | {name: line[name] for name in PER_TOKEN if name in line}
             response["values"] = {
@@ -305,62 +286,104 @@ def shading(fraction: float) -> str:
     return f"\033[38;5;16;48;5;{PLUS[level]}m" if fraction > 0 else f"\033[4;38;5;16;48;5;{MINUS[level]}m"
 
 
-def wrapped(tokens: list[tuple[str, str]], width: int, indent: int) -> str:
-    """(text, escape codes) of each token -> lines of `width` cells, broken between tokens where that is possible."""
+def cells(text: str) -> int:
+    """How wide text is on a terminal."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
-    def cells(text: str) -> int:
-        return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
-    out, column, line_end = "", indent, "\n" + " " * indent
-    for text, codes in tokens:
-        if indent < column and column + cells(text.rstrip()) > width:
-            out, column = out + line_end, indent
-        out += codes
-        for c in text:
-            if c == "\n" or (c != " " and indent < column and column + cells(c) > width):
-                out, column = out + RESET * bool(codes) + line_end + codes, indent
-            if c != "\n" and (c != " " or column < width):  # a space at the end of a line is not missed
-                out, column = out + c, column + cells(c)
-        out += RESET * bool(codes)
+def lines_of(texts: list[str], width: int) -> list[list[tuple[int, str]]]:
+    """Texts that follow each other -> lines of at most `width` cells, each a list of (number of the text, part of it).
+
+    Lines end where the texts' lines do, else at a space, wherever one text goes over into the next. Only a word that
+    is longer than a line is cut.
+    """
+    characters = [(i, c) for i, text in enumerate(texts) for c in text.replace("\n", "↵\n")]
+    lines, used = [[]], 0
+    for is_word, part in groupby(characters, key=lambda pair: pair[1] not in " \n"):
+        part = list(part)
+        if is_word and used and used + cells("".join(c for _, c in part)) > width:
+            lines, used = [*lines, []], 0
+        for i, c in part:
+            if c == "\n" or (is_word and used + cells(c) > width):
+                lines, used = [*lines, []], 0
+            if c != "\n" and used + cells(c) <= width:  # a space at the end of a line is not missed
+                lines[-1].append((i, c))
+                used += cells(c)
+    return [[(i, "".join(c for _, c in part)) for i, part in groupby(line, key=lambda pair: pair[0])] for line in lines]
+
+
+def figures_below(lines: list[list[tuple[int, str]]], values: list[float], apart: float, width: int) -> list[str]:
+    """For each of `lines_of` tokens a row of figures: the value of each token that is `apart` or more from the figure
+    before it, below that token; or below the next such token, where there is no room."""
+    rows, last = [], math.nan
+    for line in lines:
+        row, column = "", 0
+        for token, text in line:
+            figure = f"{values[token]:+.2g}"
+            start = max(0, min(column, width - len(figure)))
+            if not abs(values[token] - last) < apart and (not row or start > len(row)):  # NaN too
+                row, last = row.ljust(start) + figure, values[token]
+            column += cells(text)
+        rows.append(row)
+    return rows
+
+
+def paragraph(text: str, width: int, label: str = "", indent: int = 0) -> str:
+    """Text in lines of at most `width` cells, the first behind `label`, the others behind `indent` spaces."""
+    lines = ["".join(part for _, part in line) for line in lines_of([text], width - indent)]
+    return f"{label:{indent}}" + ("\n" + " " * indent).join(lines)
+
+
+def painted(line: list[tuple[str, str]]) -> str:
+    """(escape codes, text) of each part of a line -> the line."""
+    return "".join(codes + text + RESET if codes else text for codes, text in line)
+
+
+def header(siblings: list[dict], facts: dict, width: int, colour: bool) -> list[str]:
+    """What stands above the responses."""
+    view, lengths = facts["view"], sorted(len(line["token_text"]) for line in siblings)
+    where = f"{facts['run']}, step {facts['step']}, group {siblings[0]['group']}"
+    out = [paragraph(f"{where}: {facts['advantage']}, beta {facts['beta']}", width)]
+    rows = {name: visible(siblings[0][name]) for name in ("prompt", "reference")}
+    rows |= {name: facts[name] for name in ("check", "absent") if facts[name]}
+    if "values" not in siblings[0]:
+        rows["view"] = "none: training did not keep this group, so it has no log-probs"
+        return out + [paragraph(text, width, label, 10) for label, text in rows.items()]
+
+    rows["view"] = f"{view}: {VIEWS[view]}"
+    scale, columns = scale_of(siblings, view), max(1, min(width - 10, lengths[-1]))
+    if not scale:
+        rows["scale"] = "0 everywhere"
+    elif not colour:
+        rows["figures"] = f"below the token from which they hold, wherever {view} has moved by {scale / 4:.2g} or more"
+    alive = [sum(n > c * lengths[-1] // columns for n in lengths) / len(lengths) for c in range(columns)]
+    rows["alive"] = "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * part) - 1] for part in alive)
+    rows[""] = ", ".join(f"{len(lengths) - lengths.index(n)} to token {n}" for n in sorted(set(lengths)))
+    out += [paragraph(text, width, label, 10) for label, text in rows.items()]
+    if scale and colour:
+        shades = [(shading(i / 4), f" {i / 4 * scale:+.2g} ") for i in range(-4, 5)]
+        out.append(f"{'scale':10}{painted(shades)}")
     return out
 
 
-def plain(text: str) -> list[tuple[str, str]]:
-    return [(word, "") for word in re.findall(r"\s*\S+\s?", text)]
-
-
-def header(siblings: list[dict], facts: dict, width: int, colour: bool) -> list[tuple[str, list]]:
-    """What stands above the responses: a label and its tokens, for `wrapped`."""
-    view, lengths = facts["view"], sorted(len(line["piece"]) for line in siblings)
-    rows = [(name, plain(visible(siblings[0][name]))) for name in ("prompt", "reference")]
-    rows += [(name, plain(facts[name])) for name in ("check", "absent") if facts[name]]
-    if "values" not in siblings[0]:
-        return [*rows, ("view", plain("none: training did not keep this group, so it has no log-probs"))]
-    scale, columns = scale_of(siblings, view), max(1, min(width - 10, lengths[-1]))
-    legend = [(f" {i / 4 * scale:+.2g} ", shading(i / 4) * colour) for i in range(-4, 5)]
-    alive = [sum(n > c * lengths[-1] // columns for n in lengths) / len(lengths) for c in range(columns)]
-    ends = ", ".join(f"{len(lengths) - lengths.index(n)} to token {n}" for n in sorted(set(lengths)))
-    rows += [("view", plain(f"{view}: {VIEWS[view]}")), ("scale", legend if scale else plain("0 everywhere"))]
-    blocks = "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * part) - 1] for part in alive)
-    return [*rows, ("alive", plain(blocks)), ("", plain(ends))]
-
-
 def terminal(siblings: list[dict], facts: dict, width: int) -> str:
-    """One group as text: tokens shaded on a terminal with colours, elsewhere each followed by its value in figures."""
+    """One group as text: its tokens shaded on a terminal with colours, elsewhere with figures below them."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    where = f"{facts['run']}, step {facts['step']}, group {siblings[0]['group']}"
-    out = [wrapped(plain(f"{where}: {facts['advantage']}, beta {facts['beta']}"), width, 0)]
-    out += [f"{label:10}" + wrapped(tokens, width, 10) for label, tokens in header(siblings, facts, width, colour)]
-    for i, (line, pieces) in enumerate(zip(siblings, readable(siblings), strict=True), 1):
-        out.append(f"\n{i:<3}" + wrapped(plain(verdict_of(line)), width, 3))
-        tokens = [(piece, "") for piece in pieces]
-        if "values" in line:
-            values, scale = line["values"][facts["view"]].tolist(), scale_of(siblings, facts["view"]) or 1.0
-            tokens = [
-                (p, shading(v / scale)) if colour else (f"{p.strip()}[{v:+.2g}] ", "")
-                for p, v in zip(pieces, values, strict=True)
-            ]
-        out.append("   " + wrapped(tokens, width, 3))
+    out = header(siblings, facts, width, colour)
+    scale = scale_of(siblings, facts["view"]) if "values" in siblings[0] else 0.0
+    for i, line in enumerate(siblings, 1):
+        out.append("\n" + paragraph(verdict_of(line), width, f"{i}", 3))
+        lines = lines_of(shown(line), width - 3)
+        if not scale:
+            out += [f"   {''.join(text for _, text in parts)}" for parts in lines]
+            continue
+        values = line["values"][facts["view"]].tolist()
+        if colour:
+            out += [f"   {painted([(shading(values[i] / scale), text) for i, text in parts])}" for parts in lines]
+            continue
+        for parts, figures in zip(lines, figures_below(lines, values, scale / 4, width - 3), strict=True):
+            out.append(f"   {''.join(text for _, text in parts)}")
+            out += [f"   {figures}"] * bool(figures)
     return "\n".join(out)
 
 
