@@ -6,7 +6,8 @@ which sympy and the LaTeX parser of math-verify decide (worker.py runs them wher
 killed). Their policies, each with its cases in tests/test_answers.py:
 
     \boxed{7}                          the last balanced box counts; of nested ones the outer
-    #### 18                            without a box, what stands behind the last ####, on its line
+    #### 18                            without a box, what stands behind the last ####
+    #### 18 and more lines behind it   0: a heading, not GSM8K's last line
     \boxed 7, \fbox{7}, no mark        0
     2/4, 0.50, 1e2, 1\frac34           equal 1/2, 1/2, 100, 7/4: values are compared, not their form
     1e16, a JSON number                is 10^{16}; e+16 is e plus 16
@@ -93,12 +94,16 @@ PLAIN_WORD = re.compile(r"\d|(?<![A-Za-z\\])[A-Za-z]")  # a digit, or a letter t
 
 
 def final_answer(text: str) -> str | None:
-    """The last box, or else what stands behind the last `####`, on its line, as in GSM8K."""
+    """The last box, or else what stands behind `####` in the last line, as in GSM8K.
+
+    With text behind that line it is one of Markdown's headings, which may begin with a number.
+    """
     box = last_box(text)
     if box is not None:
         return box
-    line = text.rpartition("####")[2].partition("\n")[0].strip() if "####" in text else ""
-    return line or None
+    _, mark, rest = text.rpartition("####")
+    line, _, more = rest.partition("\n")
+    return line.strip() or None if mark and not more.strip() else None
 
 
 def published(answer) -> str:
@@ -362,7 +367,7 @@ def grade_answer(text: str, reference, symbolic: bool, literal: bool = True) -> 
     gold = Gold(**read_reference(reference), symbolic=symbolic, literal=literal)
     answer, expected = final_answer(text), published(gold.answer)
     if answer is None:
-        return 0.0, "no box, and no answer behind ####"
+        return 0.0, "no box, and no last line of ####"
     while inner := bracketed(answer.strip(), r"\\boxed\s*\{", r"\}"):
         answer = inner[1]
     if len(answer) > max(LONGEST, 3 * len(expected)):

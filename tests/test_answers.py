@@ -114,7 +114,11 @@ def test_kind_11_every_plus_minus_goes_both_ways():
     [
         ("#### 18", 1),
         ("She makes 9 * 2 = <<9*2=18>>18 dollars.\n#### 18", 1),
-        ("#### 18\nThis answers it.", 1),
+        ("#### 18\n \n", 1),
+        ("#### 18\nThis answers it.", 0),
+        ("#### 18 eggs\nShe eats 3.", 0),
+        ("#### 18) The rest\n\nThe rest is 15.", 0),
+        ("#### 18 - the first sum\nSo #### 18", 1),
         ("#### 7\nNo:\n#### 18", 1),
         ("#### $18.00", 1),
         ("#### **18**", 1),
@@ -134,7 +138,7 @@ def test_kind_11_every_plus_minus_goes_both_ways():
     ],
 )
 @pytest.mark.parametrize("grader", GRADERS)
-def test_kind_12_without_a_box_the_answer_stands_behind_the_last_hashes(text, score, grader):
+def test_kind_12_without_a_box_the_answer_stands_behind_hashes_in_the_last_line(text, score, grader):
     assert GRADERS[grader](text, "18")[0] == score
 
 
@@ -153,6 +157,7 @@ POLICIES = {  # what stands left in the table of answers.py: (reference, text or
         ("7", r"\boxed{7} and \boxed{8", 1),
     ],
     "#### 18": [("18", "so\n#### 18\n", 1), ("18", r"\boxed{7} #### 18", 0)],
+    "#### 18 and more lines behind it": [("18", "#### 18\nThen 7 more.", 0), ("7", "#### 18\nThen 7\n#### 7", 1)],
     r"\boxed 7, \fbox{7}, no mark": [
         ("7", r"\boxed 7", 0),
         ("7", r"\fbox{7}", 0),

@@ -433,6 +433,12 @@ def test_every_gold_answer_is_right_and_that_of_another_problem_wrong(name):
     assert [pair for pair in bare if pair[0] != pair[1]] == []
 
 
+def test_gsm8ks_own_solutions_are_right_as_they_are_written_and_wrong_with_a_word_behind_them():
+    solutions = [reference for reference, _ in golds("gsm8k")]
+    assert all(grade_number(text, text)[0] == 1.0 for text in solutions)
+    assert not any(grade_number(f"{text}\nSo", text)[0] for text in solutions)
+
+
 def rewritten(answer: str, draw: random.Random) -> str:
     """Another way to write an answer: three of the rules that apply to it, drawn."""
     rules = [
