@@ -306,6 +306,9 @@ def test_a_character_belongs_to_the_token_that_completes_it():
     texts_of = token_texts(tokenizer)
     assert texts_of([space, *accent, tokenizer.eos_token_id]) == [" ", "", "é", "<|im_end|>"]
     assert texts_of([first, letter, second]) == ["", "\ufffda", "\ufffd"]  # bytes that are no character
+    merged = chat_tokenizer([" 好 奥 妇"], vocabulary=3 + 256 + 2)  # a space and two bytes of three have become a token
+    ids = merged(" 好").input_ids
+    assert len(ids) == 2 and token_texts(merged)(ids) == [" ", "好"]
     assert inspector.shown({"token_text": ["", "é", "\x1b"]}) == ["◌", "é", "\\x1b"]
 
 
