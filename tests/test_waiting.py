@@ -170,9 +170,11 @@ def test_a_terminal_that_is_gone_stops_nothing(monkeypatch):
         out.written.set()
         raise OSError
 
-    out.write = gone
+    out.write, failed = gone, []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
     with waiting.stage("sample"):
         assert out.written.wait(60)
+    assert failed == []
 
 
 def test_either_stream_may_be_the_terminal_and_ranks_but_the_first_have_none(monkeypatch):
