@@ -22,6 +22,7 @@ from statistics import mean
 from infra.processes import print0, rank
 
 PERIOD = 0.3  # seconds between two looks; a shorter stage shows nothing
+YEAR = 365 * 24 * 3600
 RECENT = 5  # steps whose mean says how long the next one takes
 ERASE = "\r\x1b[K"  # back to the first column, and clear to the end of the line
 
@@ -102,13 +103,14 @@ def timed_steps(first: int, last: int, eval_every: int) -> Iterator[int]:
 
 def forecast(step: int, last: int, eval_every: int, clock: datetime) -> str:
     """When a run ends that is behind `step`, by what its steps and evaluations took so far."""
-    left = range(step + 1, last + 1)
-    seconds = len(left) * mean(now.took["step"])
+    seconds = (last - step) * mean(now.took["step"])
     words = f"about {in_words(mean(now.took['step']))} a step"
     if now.took["evaluate"]:
-        evaluations = sum(s % eval_every == 0 or s == last for s in left)
+        evaluations = last // eval_every - step // eval_every + (last % eval_every != 0)
         seconds += evaluations * mean(now.took["evaluate"])
         words += f", {in_words(mean(now.took['evaluate']))} an evaluation"
+    if seconds > YEAR:  # a number of steps that is no plan, but "until I stop it"
+        return words
     end = clock + timedelta(seconds=seconds)
     day = "" if end.date() == clock.date() else f"{end:%Y-%m-%d} "
     return f"{words}: done in about {in_words(seconds)}, at {day}{end:%H:%M}"

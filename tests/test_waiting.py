@@ -305,3 +305,8 @@ def test_the_time_of_the_end_has_its_day_where_that_is_another(progress):
 def test_a_run_of_one_step_left_foretells_nothing(capsys):
     assert list(waiting.timed_steps(7, 7, 10)) == [7] and list(waiting.timed_steps(8, 7, 10)) == []
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_without_a_planned_end_is_told_none_and_does_not_count_its_way_there(progress):
+    progress.took["step"], progress.took["evaluate"] = [60.0], [10.0]
+    assert waiting.forecast(1, 10**12, 10, datetime(2026, 5, 1)) == "about 60 s a step, 10 s an evaluation"
