@@ -335,6 +335,14 @@ def test_a_kl_term_and_compared_gradients_are_those_of_one_process(warm, tmp_pat
     assert all("kl/loss" in row for row in one[1:]) and {"gradient/cosine", "gradient/norm_ratio"} <= one[4].keys()
 
 
+def test_a_model_whose_first_pass_is_an_update_is_compared_there(warm, tmp_path):
+    """The sampler's log-probs are kept and there is no reference: nothing is scored before the first gradient."""
+    extras = ("train.old_log_probs=sampler", "algorithm.advantage=grpo", "train.steps=3")
+    for ranks in (1, 2):
+        finished(tmp_path / str(ranks), warm, *extras, ranks=ranks)
+    assert_alike(*(chaos.metrics(tmp_path / name) for name in "12"))
+
+
 def test_two_nodes_that_each_hold_a_copy_train_as_one_process_does(alone, warm, tmp_path):
     """Two torchruns on the loopback device, three steps."""
     meet, running = str(chaos.free_port()), []
