@@ -297,12 +297,14 @@ def _sample_rows(policy: Policy, prompts, keys, config: SampleConfig, temperatur
         **loop,
     )
     stops = end.ends(tokens[:, P:]).cpu()
-    tokens = tokens.cpu()
-    T = stops.shape[1]
     truncated = ~stops.any(1)
     # The token that ends it is inside
-    lengths = torch.where(truncated, T, stops.int().argmax(1) + 1)
+    lengths = torch.where(truncated, stops.shape[1], stops.int().argmax(1) + 1)
+    T = int(lengths.max())
     mask = torch.arange(T) < lengths[:, None]
+    tokens = tokens[:, : P + T].cpu()
+    # A loop that looks for stop strings now and then has gone on behind some
+    tokens[:, P:].masked_fill_(~mask, policy.pad_id)
     live = [row[:n] for row, n in zip(tokens[:, P:].tolist(), lengths.tolist(), strict=True)]
     return Batch(
         tokens=tokens,
