@@ -10,8 +10,9 @@ import pytest
 
 import chaos
 
-# Before torch looks: on a GPU nothing is bitwise, two processes need two of them, and CUDA outlives no fork.
-os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
+# Before torch looks: on a GPU nothing is bitwise, two processes need two of them, and CUDA outlives no fork. On two
+# threads sums are rounded otherwise than on one, as the processes that tests start have.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 

@@ -304,7 +304,7 @@ def test_a_process_of_a_group_that_ends_badly_waits_for_nobody(kind, code, line)
 
 def test_a_resumed_run_that_will_round_otherwise_says_so_in_one_line(places, capsys):
     folder = places["run"]
-    for changed, words in (("sample.batch_tokens=99", "sample.batch_tokens: 16384 -> 99"), ("train.steps=11", None)):
+    for changed, words in (("sample.batch_tokens=99", "sample.batch_tokens: 0 -> 99"), ("train.steps=11", None)):
         arguments = [*TINY, f"run_dir={folder}", "resume=true", changed]
         before = (folder / "config.yaml").read_text()
         infra.run_folder.open_run_folder(infra.config.read_config(train.Config, arguments, None))
