@@ -33,7 +33,7 @@ from infra.checkpoints import saved_tensors
 from infra.config import Block, knob, setting
 from infra.errors import BadInput, RunStopped
 from infra.precision import computing_in
-from infra.pretrained import read_model, stored_tensors
+from infra.pretrained import attention_made_with, read_model, stored_tensors
 from infra.processes import all_reduce, on_first_rank, print0, rank, world_size
 from infra.rng import Draw, rng_for
 from infra.sharding import reshard
@@ -281,7 +281,7 @@ def build(config: ModelConfig, tokenizer, seed: int) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(seed, Draw.WEIGHTS).integers(2**31)))
         try:
-            attention = "sdpa" if config.attention == "auto" else config.attention
+            attention = attention_made_with(config.attention)
             options = {"dtype": torch.float32, "attn_implementation": attention}
             model = AutoModelForCausalLM.from_config(hf_config, **options)
         except (ImportError, ValueError) as error:
@@ -302,7 +302,6 @@ def load(
     `empty`: the model on the meta device, shapes without memory. `in_shares`: the same for now, and
     `infra.sharding.shard` reads what each rank keeps, where the files allow it.
     """
-    attention = "sdpa" if attention == "auto" else attention
     model, tokenizer, unread = read_model(path, attention, empty, in_shares)
     policy = Policy(model, tokenizer)
     policy.unread = unread

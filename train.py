@@ -438,8 +438,8 @@ def main() -> None:
         return
     config = read_config(Config, sys.argv[1:], DEFAULT_CONFIG)
     device = processes.start_processes(config.train.timeout_minutes, config.model.deterministic)
-    rounds = device.type == "cuda" and config.model.dtype != "float32"
-    if config.train.old_log_probs == "sampler" and rounds:
+    dtype = sharding.compute_dtype(config.model, device.type == "cuda")
+    if config.train.old_log_probs == "sampler" and dtype != torch.float32:
         raise BadInput(
             "train.old_log_probs=sampler: sums of its log-ratios would be noise unless "
             "model.dtype=float32"

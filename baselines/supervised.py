@@ -29,7 +29,8 @@ from model import (
 )
 from spro import Batch, token_weights
 
-LEARNING_RATES = {True: 4e-3, False: 1e-4}  # of one from scratch, and of a loaded one
+LEARNING_RATE_FROM_SCRATCH = 4e-3
+LEARNING_RATE_OF_LOADED = 1e-4
 
 
 @dataclass
@@ -124,7 +125,8 @@ def warm_start(config, policy: Policy, taught, folder: Path) -> None:
     state = {"refused_in_a_row": 0}
     position = 0
     clean, noisy = t.warm_start_clean_steps, t.warm_start_noisy_steps
-    base = t.warm_start_learning_rate or LEARNING_RATES[not config.model.path]
+    usual = LEARNING_RATE_OF_LOADED if config.model.path else LEARNING_RATE_FROM_SCRATCH
+    base = t.warm_start_learning_rate or usual
     print0(f"warm start: {clean} supervised steps on right solutions, {noisy} noisy")
     for stage, steps, scale in (("clean", clean, 1.0), ("noisy", noisy, 0.5)):
         bar = tqdm(

@@ -43,9 +43,8 @@ def agrees(policy, plain_log_probs_of_tokens) -> bool:
         for module in (head, policy.model)
     ]
     config, attention = policy.model.config, policy.model.config._attn_implementation
-    if (
-        "flash" in attention and policy.device.type == "cpu"
-    ):  # runs on a GPU alone, and the weights are in host memory yet
+    # Which runs on a GPU alone, and the weights are in host memory yet
+    if "flash" in attention and policy.device.type == "cpu":
         config._attn_implementation = "eager"
     try:
         plain = plain_log_probs_of_tokens(policy, tokens, mask, 2, 1.0)[0]
@@ -83,7 +82,7 @@ def pack_rows(policy) -> None:
             f"model.attention={attention}"
         ) from error
     tolerance = OF_STATES_IN_HALF if packed.dtype in varlen.HALF else OF_STATES
-    apart = torch.tensor(int((packed - padded).norm() <= tolerance * padded.norm()))
-    if not all_reduce(apart, torch.distributed.ReduceOp.MIN):
+    alike = torch.tensor(int((packed - padded).norm() <= tolerance * padded.norm()))
+    if not all_reduce(alike, torch.distributed.ReduceOp.MIN):
         config._attn_implementation = attention
         print0(f"note: rows are padded, {attention} attention: the model mixes packed ones up")

@@ -23,9 +23,8 @@ PROMPT_TOKENS = 2**15  # of prompts that are run together
 # Attention reads a multiple of this many columns. For each further one the step is recorded anew,
 # which is as dear as some ten steps; with fewer columns that would happen more often.
 COLUMNS = 256
-LOOK_EVERY = (
-    16  # tokens between two looks at which rows go on: for a look the GPU must be waited for
-)
+# Tokens between two looks at which rows go on: for a look the GPU must be waited for
+LOOK_EVERY = 16
 FEWEST_ROWS = 16  # fewer rows are no faster
 unrecordable: list[str] = []  # why the step could not be recorded; then it is not tried again
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from infra.processes import world_size
-from infra.sharding import compute_dtype
+from infra.sharding import compute_dtype, will_pack
 
 PROGRESS = (  # label, metric, width, digits
     ("reward", "reward/mean", 5, 3),
@@ -54,10 +54,9 @@ def describe(
     system = "with a" if any(problem.system for problem in problems) else "no"
     stops = " ".join(tokenizer.convert_ids_to_tokens(policy.stop_ids))
     strings = "".join(f" or at {string!r}" for string in s.stop)
-    dtype = compute_dtype(config.model, policy.device)
+    dtype = compute_dtype(config.model, policy.device.type == "cuda")
     attention = policy.config._attn_implementation
-    may_pack = policy.fast and config.model.attention == "auto"
-    if may_pack and policy.fast.can_pack(policy, policy.device, dtype):
+    if will_pack(policy, config.model, policy.device):
         attention = "varlen"  # for what is scored; for what is sampled as before
     # Then logits are no head over states, as fast/ takes them
     plain = "" if policy.has_plain_head is not False else "; log-probs by the plain path"

@@ -11,6 +11,7 @@ import torch
 
 from infra.checkpoints import FILE_BYTES
 from infra.processes import world_size
+from infra.sharding import compute_dtype
 
 CARD = 80 * 2**30  # bytes of the GPU that is planned for where there is none
 SPARE = 0.2  # of what is free: the allocator's slack, the libraries, the pass of the prompts
@@ -51,7 +52,7 @@ def memory_plan(
     """
     shape, n = model.config.get_text_config(), model.num_parameters()
     split = settings.shard or max(1, ranks // settings.replicate)
-    compute = compute_bytes(settings, on_gpu)
+    compute = compute_dtype(settings, on_gpu).itemsize
     is_split = ranks > 1 or on_gpu
     in_layer = sum(p.numel() for p in layers[0].parameters()) if layers else 0
     # Embedding and head: gathered from the first layer's forward to the backward
@@ -94,11 +95,6 @@ def memory_plan(
     return {
         name: size / 2**30 for name, size in {**always, **sampling, **update, "peak": peak}.items()
     }
-
-
-def compute_bytes(settings, on_gpu: bool) -> int:
-    """Of a number in the type that passes compute in."""
-    return 2 if on_gpu and settings.dtype == "bfloat16" else 4
 
 
 def cache_bytes(shape, compute: int) -> int:
@@ -204,7 +200,8 @@ def batch_tokens(config, model, layers: list, prompts, device: torch.device) -> 
     plan = memory_plan(model, layers, config.model, ranks, on_gpu, nothing, 0)
     held = sum(gib for name, gib in plan.items() if not name.startswith(("update", "peak")))
     free = max(0, free - int(held * 2**30))
-    shape, compute = model.config.get_text_config(), compute_bytes(config.model, on_gpu)
+    shape = model.config.get_text_config()
+    compute = compute_dtype(config.model, on_gpu).itemsize
     return tokens_that_fit(shape, compute, row, free, on_gpu)
 
 

@@ -31,6 +31,7 @@ from infra.checkpoints import saved_tensors
 from infra.errors import BadInput, is_out_of_memory
 from infra.processes import print0
 
+NONE_IF_MISSING = {"_raise_exceptions_for_missing_entries": False}  # of cached_file
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
@@ -43,6 +44,7 @@ def read_model(path: str | Path, attention: str, empty: bool = False, in_shares:
     of it now, with a line that says why. Raises BadInput where there is no whole causal LM.
     """
     require_model(path)
+    attention = attention_made_with(attention)
     # A mistyped path brings a dozen lines of retries
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # A bar per loaded file would bury the lines that matter
@@ -84,6 +86,11 @@ def read_model(path: str | Path, attention: str, empty: bool = False, in_shares:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BadInput(f"{str(path)!r} has a model but no tokenizer: save the tokenizer beside it")
     return model, tokenizer, unread
+
+
+def attention_made_with(attention: str) -> str:
+    """auto begins as sdpa; infra.sharding.shard may go on from there."""
+    return "sdpa" if attention == "auto" else attention
 
 
 def require_model(path: str | Path) -> None:
@@ -144,16 +151,12 @@ def safetensors_files(path: str | Path) -> list[Path]:
 
     As transformers looks for them: one file, or those that an index lists.
     """
-    if single := cached_file(path, "model.safetensors", **_none_if_missing()):
+    if single := cached_file(path, "model.safetensors", **NONE_IF_MISSING):
         return [Path(single)]
-    index = cached_file(path, "model.safetensors.index.json", **_none_if_missing())
+    index = cached_file(path, "model.safetensors.index.json", **NONE_IF_MISSING)
     if index is None:
         return []
     return sorted(map(Path, get_checkpoint_shard_files(path, index)[0]))
-
-
-def _none_if_missing() -> dict:
-    return {"_raise_exceptions_for_missing_entries": False}
 
 
 def why_not_in_shares(files: list[Path], model) -> str | None:

@@ -55,7 +55,7 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     reference's option).
     """
     policy.device = device
-    policy.dtype = compute_dtype(settings, device)
+    policy.dtype = compute_dtype(settings, device.type == "cuda")
     if settings.gradient_checkpointing:
         # The name is deprecated in the newest transformers; its successor is not in older ones
         with warnings.catch_warnings():
@@ -82,16 +82,24 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
         register_fsdp_forward_method(policy, name)
     if policy.unread is not None:
         read(policy, device, offload)
-    may_pack = policy.fast and settings.attention == "auto"
-    if may_pack and policy.fast.can_pack(policy, device, policy.dtype):
+    if will_pack(policy, settings, device):
         policy.pack_rows()
         reshard(policy)
     return policy
 
 
-def compute_dtype(settings, device: torch.device) -> torch.dtype:
+def compute_dtype(settings, on_gpu: bool) -> torch.dtype:
     """What a pass computes in: `model.dtype` on a GPU, fp32 on a CPU."""
-    return getattr(torch, settings.dtype) if device.type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype) if on_gpu else torch.float32
+
+
+def will_pack(policy, settings, device: torch.device) -> bool:
+    """Whether `shard` has the policy score rows end to end in one: where nothing else was asked
+    for, and it can be done there.
+    """
+    if not policy.fast or settings.attention != "auto":
+        return False
+    return policy.fast.can_pack(policy, device, compute_dtype(settings, device.type == "cuda"))
 
 
 @lru_cache

@@ -12,6 +12,7 @@ has accuracy to gain and length to lose.
 
 import operator
 import re
+from functools import cache
 
 import numpy as np
 
@@ -72,6 +73,7 @@ def story(random: np.random.Generator, min_steps: int, max_steps: int) -> str:
     return " ".join([*told, f"How many {words['things']} does {name} have now?"])
 
 
+@cache
 def pattern(sentence: str) -> re.Pattern:
     """Finds a sentence of a story, and its number as the group "n"."""
     text = re.escape(sentence).replace(r"\{n\}", r"(?P<n>\d+)")

@@ -377,6 +377,12 @@ def draw(policy, **changes):
     return sample(policy, PROMPTS, keys(len(PROMPTS)), dataclasses.replace(CONFIG, **changes))
 
 
+def model_to_sample(kind: str, folder):
+    if kind == "mistral":  # each layer sees 5 tokens back
+        return load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), folder))
+    return any_model(kind, folder)
+
+
 def assert_same(a, b):
     assert rows_of(a) == rows_of(b)
     for x, y in zip(row_log_probs(a), row_log_probs(b), strict=True):
@@ -386,10 +392,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral"])
 def test_the_fast_sampler_draws_the_tokens_of_the_plain_one(kind, tmp_path, monkeypatch):
     """Rows that stop at their first token, later and never, behind ragged prompts, in batches that split groups."""
-    if kind == "mistral":  # each layer sees 5 tokens back
-        policy = load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), tmp_path))
-    else:
-        policy = any_model(kind, tmp_path)
+    policy = model_to_sample(kind, tmp_path)
     monkeypatch.setattr(fast.decode, "ROOM", 8)
     changes = {"max_new_tokens": 30, "group_size": 5, "batch_tokens": 7 * 37}
     plain, quick = (draw(policy, decoding=decoding, **changes) for decoding in ("plain", "fast"))
@@ -452,10 +455,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "opt", "mistral"])
 def test_the_sampler_of_a_gpu_draws_the_tokens_of_the_plain_one(kind, tmp_path, as_on_a_gpu):
-    if kind == "mistral":  # each layer sees 5 tokens back
-        policy = load(saved(hf_model(kind, **LLAMA, sliding_window=5, head_dim=8), tmp_path))
-    else:
-        policy = any_model(kind, tmp_path)
+    policy = model_to_sample(kind, tmp_path)
     changes = {"max_new_tokens": 30, "group_size": 5}
     plain, quick = (draw(policy, decoding=decoding, **changes) for decoding in ("plain", "fast"))
     assert_same(quick, plain)
