@@ -56,7 +56,8 @@ class AlgorithmConfig:
     process_dtype: str = _knob(
         "tf32", "of the process reward's log-probs where model.dtype is bfloat16"
     )
-    line_end: str = _knob("\n", "text that ends a line, the step of spro_line")
+    line_end: str = _knob("\n", "text that ends a line, the step of estimators that have steps")
+    step_tokens: int = _knob(0, "a step is so many tokens; 0: a line")
 
     def __post_init__(self):
         low, high = self.keep_accuracy
@@ -81,6 +82,8 @@ class AlgorithmConfig:
             )
         if not self.line_end:
             raise ValueError("line_end is empty: give the text that ends a line")
+        if self.step_tokens < 0:
+            raise ValueError(f"step_tokens={self.step_tokens}: give a number of tokens, or 0")
 
 
 # --- reward -> advantage (Eq. 6 to 13) ------------------------------------------------------------
@@ -140,7 +143,7 @@ def masked_step_advantage(cpr: Tensor, mask: Tensor, group_size: int) -> Tensor:
 def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
-    needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "lines"
+    needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "steps"
     (step_ids). `additive`: whether it is the sum of an outcome term and a step term, which are then
     logged apart.
 
@@ -156,7 +159,7 @@ def estimator(*needs: str, additive: bool = True):
             if "reference" in needs and batch.ref_log_probs is None and algo.beta == 0:
                 # beta 0 loads no reference
                 batch = replace(batch, ref_log_probs=batch.policy_log_probs)
-            for need, name in (("reference", "ref_log_probs"), ("lines", "step_ids")):
+            for need, name in (("reference", "ref_log_probs"), ("steps", "step_ids")):
                 if need in needs and getattr(batch, name) is None:
                     raise ValueError(f"{formula.__name__} needs {name} [B, T] in its batch")
             return torch.where(batch.mask, formula(batch, algo), 0.0)
@@ -372,7 +375,7 @@ class Batch:
     fine_log_probs: Tensor | None = per_step()  # log_probs in ref_log_probs' type, if it is finer
     # 4. Advantage
     process_log_probs: Tensor | None = per_step()  # of a PRM; None: the policy is its own
-    step_ids: Tensor | None = per_step()  # numbers each response's lines from 0
+    step_ids: Tensor | None = per_step()  # numbers each response's steps from 0
     advantages: Tensor | None = per_step()
     # 5. Update
     weights: Tensor | None = per_step()  # float64, in the optimizer step; 0 where masked

@@ -30,7 +30,8 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import against_reference, diagnostics, line_steps, prime, supervised
+from baselines import against_reference, diagnostics, prime, supervised
+from baselines.prepare import prepared
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
 from data import DataConfig
@@ -240,15 +241,7 @@ def train(
         # One per token, and fixed from here on. This is the only stage that knows which algorithm
         # runs; what some baselines need besides log-probs is made just before.
         batches = data.mini_batches(len(learned), config, step)
-        prm_metrics: dict[str, float] = {}
-        if config.needs_prm:
-            once = batches[: len(batches) // t.epochs]  # each row once
-            process_log_probs, prm_metrics = prime.score_and_learn(
-                *trained["prm"], config, learned, scores[rows], once
-            )
-            learned = replace(learned, process_log_probs=process_log_probs)
-        if baselines.needs(a.advantage, "lines"):
-            learned = replace(learned, step_ids=line_steps.line_ids(learned, tokenizer, a.line_end))
+        learned, extra = prepared(learned, scores[rows], trained, config, batches)
         learned = replace(learned, advantages=baselines.advantage(a.advantage, learned, a))
         outcome = baselines.outcome_term(a.advantage, learned, a)  # all but the step term: to log
 
@@ -303,7 +296,7 @@ def train(
         if t.max_refills:
             row["groups/sampled"] = len(kept)
         row |= metrics.token_metrics(learned, outcome)
-        row |= metrics.update_metrics(updates) | prm_metrics | diagnosis
+        row |= metrics.update_metrics(updates) | extra | diagnosis
         row |= {"lr": lr, **metrics.cost_metrics(batch, seconds)}
         processes.print0(console.progress_line(step, t.steps, row))
         if step % t.dump_every == 0 or step in (1, t.steps):

@@ -65,5 +65,5 @@ def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor
 
 
 def needs(name: str, what: str) -> bool:
-    """Whether the estimator needs "reference", "prm" or "lines"."""
+    """Whether the estimator needs "reference", "prm" or "steps"."""
     return what in getattr(ADVANTAGES[name], "needs", ())

@@ -68,12 +68,12 @@ def spro_pooled_advantage(batch, algo):
     return grpo_advantage(batch, algo) + (cpr - mean.repeat_interleave(batch.group_size)[:, None])
 
 
-@estimator("reference", "lines")
+@estimator("reference", "steps")
 def spro_line_advantage(batch, algo):
-    """SPRO with a line as the step: log-ratios are summed per line, and every token gets its line's
-    MSA.
+    """SPRO with a line as the step, or so many tokens: log-ratios are summed per step, and every
+    token gets its step's MSA.
 
-    `step_ids` [B, T] numbers each response's lines from 0.
+    `step_ids` [B, T] numbers each response's steps from 0.
     """
     process_rewards = process_reward(batch.policy_log_probs, batch.ref_log_probs, algo.beta)
     ids = torch.where(batch.mask, batch.step_ids, 0)

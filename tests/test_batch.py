@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from baselines.line_steps import line_ids
+from baselines.steps import line_ids, step_ids
 from sample import SampleConfig, sample
-from spro import Batch, per_row, per_step
+from spro import AlgorithmConfig, Batch, per_row, per_step
 from tasks.chain import chain_tokenizer
 
 from helpers import EOS, PROMPTS, chat_tokenizer, keys, row_log_probs, rows_of, tiny_model
@@ -120,6 +120,17 @@ def test_a_token_belongs_to_the_line_that_stands_before_it():
                     kinds |= {"several in one"} if count > seen + 1 else set()
                     seen, line = count, line + 1
     assert kinds == {"whole", "with more", "over several", "several in one"}
+
+
+def test_a_step_may_be_so_many_tokens():
+    rollout = Batch.from_texts([[1], [1]], ["b1+2=4;#0", "#7"], chain_tokenizer())
+    ids = step_ids(rollout, chain_tokenizer(), AlgorithmConfig(step_tokens=4, line_end=";"))
+    assert [row[live].tolist() for row, live in zip(ids, rollout.mask, strict=True)] == [
+        [0] * 4 + [1] * 4 + [2] * 2,
+        [0] * 3,
+    ]
+    by_line = step_ids(rollout, chain_tokenizer(), AlgorithmConfig(line_end=";"))
+    assert by_line[0].tolist() == [0] * 7 + [1] * 3
 
 
 def test_the_chain_tasks_lines_end_with_semicolons():

@@ -211,7 +211,7 @@ def test_of_right_answers_the_likeliest_earns_least():
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_whose_input_is_missing_says_which(name):
     batch, algo = batch_of(make_batch()), spro.AlgorithmConfig()
-    for need, field in (("reference", "ref_log_probs"), ("lines", "step_ids")):
+    for need, field in (("reference", "ref_log_probs"), ("steps", "step_ids")):
         without = dataclasses.replace(batch, **{field: None})
         if baselines.needs(name, need):
             with pytest.raises(ValueError, match=f"{name}_advantage needs {field}"):
@@ -375,7 +375,7 @@ def test_wrong_group_sizes_weight_modes_and_configs_raise():
         calls += [("group", lambda size=size: spro.masked_step_advantage(b.pi, b.mask, size))]
     for mode, message in (("mean", "token-mean"), ("seq-mean-token-sum-norm", "max_tokens")):
         calls += [(message, lambda mode=mode: spro.token_weights(b.mask, 12, 50, mode))]
-    wrong = {"loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0], "line_end": [""]}
+    wrong = {"loss_weights": ["?"], "clip_low": [0, 1], "clip_high": [0], "line_end": [""], "step_tokens": [-1]}
     wrong |= {"kl_coef": [math.nan, math.inf], "kl_estimator": ["k4"]}
     wrong["keep_accuracy"] = [(-0.1, 1), (0, 1.1), (0.6, 0.4)]
     for key, value in ((key, value) for key, values in wrong.items() for value in values):

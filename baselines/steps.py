@@ -1,4 +1,4 @@
-"""Lines as steps: which line each token of a response belongs to."""
+"""Responses cut into steps: lines, or every so many tokens."""
 
 import re
 
@@ -6,7 +6,18 @@ import numpy as np
 import torch
 
 from infra.processes import print0
-from spro import Batch
+from spro import AlgorithmConfig, Batch
+
+
+def step_ids(batch: Batch, tokenizer, algo: AlgorithmConfig) -> torch.Tensor:
+    """The number of the step that each response token belongs to, from 0. -> int64 [B, T].
+
+    A step is `algo.step_tokens` tokens, or, where that is 0, a line. The numbers leave none out.
+    """
+    if algo.step_tokens:
+        places = torch.arange(batch.mask.shape[1]) // algo.step_tokens
+        return places.expand(batch.mask.shape).contiguous()
+    return line_ids(batch, tokenizer, algo.line_end)
 
 
 def line_ids(batch: Batch, tokenizer, line_end: str) -> torch.Tensor:

@@ -1,0 +1,43 @@
+"""What some estimators need of a batch besides rewards and log-probs, made just before them.
+
+Each thing is made where `estimator(...)` asks for it by name, and nothing else is. The list is in
+docs/estimators.md.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from baselines import needs, prime, steps
+from spro import Batch
+
+
+def prepared(
+    learned: Batch,
+    scores: torch.Tensor,
+    trained: dict,
+    config,
+    mini_batches: list[torch.Tensor],
+) -> tuple[Batch, dict[str, float]]:
+    """The batch with the fields that the run's estimator needs, and metrics of their making.
+
+    scores [B]: the verdicts'. `trained` holds (Policy, optimizer) by name. `mini_batches`: lists of
+    rows, as often as the update has epochs.
+    """
+    algo = config.algorithm
+    policy, _ = trained["policy"]
+    metrics: dict[str, float] = {}
+
+    def needed(what: str) -> bool:
+        return needs(algo.advantage, what)
+
+    if needed("steps"):
+        learned = replace(learned, step_ids=steps.step_ids(learned, policy.tokenizer, algo))
+    if needed("prm"):
+        once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
+        log_probs, prm_metrics = prime.score_and_learn(
+            *trained["prm"], config, learned, scores, once
+        )
+        learned = replace(learned, process_log_probs=log_probs)
+        metrics |= prm_metrics
+    return learned, metrics
