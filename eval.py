@@ -80,8 +80,8 @@ def evaluate(
 
     The uniforms depend on (seed, prompt index) alone, so that two evaluations differ by the model,
     not by luck. `eval/accuracy` is the mean score, `eval/response_length` the mean tokens at
-    `config.temperature`; responses without a verdict (a grader's fault) count in neither accuracy
-    nor `eval/n`.
+    `config.temperature`, `eval/response_length_right` that of right ones (a score above 0.5).
+    Responses without a verdict (a grader's fault) count in no accuracy and not in `eval/n`.
     """
     keys = [(seed, Draw.EVALUATE, i) for i in range(len(prompts))]
     metrics = {}
@@ -96,7 +96,15 @@ def evaluate(
             )
         metrics[name] = sum(scores) / len(scores)
         if temperature:
-            metrics["eval/response_length"] = batch.mask.sum(1).double().mean().item()
+            lengths = batch.mask.sum(1).tolist()
+            right = [
+                length
+                for length, verdict in zip(lengths, verdicts, strict=True)
+                if (verdict.score or 0) > 0.5
+            ]
+            metrics["eval/response_length"] = sum(lengths) / len(lengths)
+            if right:
+                metrics["eval/response_length_right"] = sum(right) / len(right)
             metrics["eval/n"] = len(scores)
     return metrics
 

@@ -79,6 +79,9 @@ def test_accuracy_is_the_mean_score_sampled_and_greedy_apart_and_faults_count_no
         "eval/accuracy": pytest.approx((28 - 9) / 28),
         "eval/accuracy_greedy": 1.0,
         "eval/response_length": pytest.approx(statistics.mean(len(text) + 1 for text in sampled)),
+        "eval/response_length_right": pytest.approx(
+            statistics.mean(len(text) + 1 for text in sampled if text not in ("fault", "#"))
+        ),
         "eval/n": 28,
     }
     assert asked == [(30, {5}, 1, 0.8), (30, {5}, 1, 0.0)]

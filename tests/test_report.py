@@ -34,7 +34,9 @@ def made(folder: Path, accuracy, warm: str = "", seed: int = 0, rows: int = STEP
         for step in range(rows):
             row = {"step": step, "entropy": 0.1 / (step + 1), "response_length/mean": 50.0, "time/step": 2.0}
             row = row if step else {"step": 0}
-            row |= {"eval/accuracy": accuracy(step), "eval/response_length": 60.0 - step} if step % 5 == 0 else {}
+            if step % 5 == 0:
+                row |= {"eval/accuracy": accuracy(step), "eval/response_length": 60.0 - step}
+                row |= {"eval/response_length_right": 50.0 - 2 * step}
             out.write(json.dumps(row) + "\n")
     return folder
 
@@ -89,7 +91,7 @@ def test_every_cell_is_the_sum_written_out(tmp_path):
     entropy = statistics.mean(0.1 / (step + 1) for step in range(6, 11))
     assert rows["grpo"] == [
         *("6", spread(final, 3), "-", spread(area, 3), "-", spread(crossing, 1), "-"),
-        *(f"{entropy:.4f} ± 0.0000", "50.0 ± 0.0", "20 ± 0"),
+        *(f"{entropy:.4f} ± 0.0000", "50.0 ± 0.0", "30.0 ± 0.0", "20 ± 0"),
     ]
     gains = {w: [0.1 + 0.01 * (i - 1) + 0.02 * w for i in range(3)] for w in (0, 1)}
     means = [statistics.mean(gains[w]) for w in gains]

@@ -170,6 +170,7 @@ def measure(run: Run, threshold: float) -> dict[str, float]:
         "steps": steps_to(threshold, points),
         "entropy": float(np.mean(entropies)) if entropies else math.nan,
         "length": run.rows[-1].get("eval/response_length", math.nan),
+        "right": run.rows[-1].get("eval/response_length_right", math.nan),
         "seconds": sum(row.get("time/step", 0.0) for row in run.rows),
     }
 
@@ -233,8 +234,12 @@ COLUMNS = (
     "ratio",
     "entropy",
     "length",
+    "right",
     "s",
 )
+
+
+COSTS = (("entropy", 4), ("length", 1), ("right", 1), ("seconds", 0))  # a mean each, with so many digits
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -278,7 +283,7 @@ def table(groups: dict[str, list[Run]], baseline: str, threshold: float) -> str:
             *(cell for key in ("accuracy", "area") for cell in (spread(mine[key], 3), with_interval(pairs[key]))),
             spread(mine["steps"], 1) + (f" ({reached} of {len(finished)})" if reached < len(finished) else ""),
             f"{sum(b for _, b in both) / sum(a for a, _ in both):.2f}" if any(a for a, _ in both) else "-",
-            *(spread(mine[key], digits) for key, digits in (("entropy", 4), ("length", 1), ("seconds", 0))),
+            *(spread(mine[key], digits) for key, digits in COSTS),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     base = settings(groups[baseline][0])
