@@ -38,7 +38,7 @@ SENTENCES = (  # what happens, its operation, and the number where the text does
 )
 LARGEST = 20  # number of things at any time
 MOST_CHANGE = 5  # that are added or taken away at once
-SLIP = 0.12  # chance per line that the demonstrator's result is off by one
+SLIP = 0.15  # chance per line that the demonstrator's result is off by one
 REPEATS = (0.0, 0.5)  # chance of writing a line twice; a demonstration draws one of these
 
 

@@ -536,10 +536,13 @@ def test_every_config_is_one_that_training_takes(path):
     assert config.run_dir == f"runs/{path.stem}" and config.data.source in tasks.SOURCES
 
 
-@pytest.mark.parametrize("name", [path.stem.removeprefix("spro_") for path in CONFIGS.glob("spro_*.yaml")])
-def test_twin_configs_differ_in_the_estimator_alone(name):
-    files = [str(CONFIGS / f"{kind}_{name}.yaml") for kind in ("spro", "grpo")]
-    configs = [infra.config.read_config(train.Config, [file], None) for file in files]
+TWINS = [(path, path.with_name(path.name.replace("spro_", "grpo_"))) for path in CONFIGS.glob("spro_*.yaml")]
+TWINS += [(CONFIGS / "smollm2_words.yaml", CONFIGS / "smollm2_words_grpo.yaml")]
+
+
+@pytest.mark.parametrize("files", TWINS, ids=lambda files: files[0].stem)
+def test_twin_configs_differ_in_the_estimator_alone(files):
+    configs = [infra.config.read_config(train.Config, [str(file)], None) for file in files]
     spro, grpo = (infra.config.flat(infra.config.to_dict(config)) for config in configs)
     differing = {key for key in spro if spro[key] != grpo[key]}
     assert differing == {"algorithm.advantage", "run_dir"}  # run_dir is the config's own name
