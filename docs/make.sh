@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes the pictures of README.md and docs/ again: bash docs/make.sh
-# Needs matplotlib and chromium. Runs that are not there are made first: over an hour on two cores, else a minute.
+# Needs matplotlib and chromium. Runs that are not there are made first: over two hours on two cores, else a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -d runs/pictures/model ] || python train.py configs/ablations/base.yaml run_dir=runs/pictures resume=true
-python -m tools.inspector runs/pictures --step 10 --html inspector.html
-chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,920 --screenshot=docs/inspector.png \
-    "file://$PWD/inspector.html#group=8&view=msa&response=2&token=28"
+[ -d smollm2 ] || python -m tools.smollm2 smollm2
+[ -d runs/words/model ] || python train.py configs/smollm2_words.yaml run_dir=runs/words resume=true
+python -m tools.inspector runs/words --step 10 --html inspector.html
+chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1190 --screenshot=docs/inspector.png \
+    "file://$PWD/inspector.html#group=4&view=msa&response=7&token=10"
 
 at() { printf "$1/%s " "${@:2}"; }
 ablations() { printf "configs/ablations/%s.yaml " "$@"; }
