@@ -122,6 +122,7 @@ class Config(Block):
         super().__post_init__()
         t, a, s = self.train, self.algorithm, self.sample
         baselines.check_advantage(a.advantage)
+        baselines.check_trace(a.advantage, self.data.source)
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume=true goes on with what is in run_dir, overwrite=true deletes it: "
@@ -241,7 +242,7 @@ def train(
         # One per token, and fixed from here on. This is the only stage that knows which algorithm
         # runs; what some baselines need besides log-probs is made just before.
         batches = data.mini_batches(len(learned), config, step)
-        learned, extra = prepared(learned, scores[rows], trained, config, batches)
+        learned, extra = prepared(learned, scores[rows], trained, config, batches, step)
         learned = replace(learned, advantages=baselines.advantage(a.advantage, learned, a))
         outcome = baselines.outcome_term(a.advantage, learned, a)  # all but the step term: to log
 

@@ -1,4 +1,4 @@
-"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME.
+"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, an oracle.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 import spro
-from baselines import ablations, outcome_only, prime
+from baselines import ablations, oracle, outcome_only, prime
 from spro import AlgorithmConfig, Batch
+from tasks import TRACES
 
 
 def estimators_in(module) -> dict:
@@ -25,7 +26,7 @@ def estimators_in(module) -> dict:
 
 ADVANTAGES = spro.ADVANTAGES | {
     name: function
-    for module in (outcome_only, ablations, prime)
+    for module in (outcome_only, ablations, prime, oracle)
     for name, function in estimators_in(module).items()
 }
 
@@ -35,6 +36,15 @@ def check_advantage(name: str) -> None:
     if name not in ADVANTAGES:
         raise ValueError(
             f"algorithm.advantage={name!r} is not known: choose one of {', '.join(ADVANTAGES)}"
+        )
+
+
+def check_trace(name: str, source: str) -> None:
+    """Raise ValueError if the estimator needs verified steps and the task `source` has none."""
+    if needs(name, "trace") and source not in TRACES:
+        raise ValueError(
+            f"algorithm.advantage={name} reads which steps of a response are right, and "
+            f"data.source={source!r} does not verify them: choose one of {', '.join(TRACES)}"
         )
 
 
@@ -65,5 +75,5 @@ def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor
 
 
 def needs(name: str, what: str) -> bool:
-    """Whether the estimator needs "reference", "prm" or "steps"."""
+    """Whether the estimator needs `what`: the words are in spro.estimator."""
     return what in getattr(ADVANTAGES[name], "needs", ())

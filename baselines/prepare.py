@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from baselines import needs, prime, steps
+from baselines import needs, prime, steps, traces
+from infra.rng import Draw, rng_for
 from spro import Batch
+from tasks import TRACES
 
 
 def prepared(
@@ -18,11 +20,14 @@ def prepared(
     trained: dict,
     config,
     mini_batches: list[torch.Tensor],
+    step: int,
 ) -> tuple[Batch, dict[str, float]]:
     """The batch with the fields that the run's estimator needs, and metrics of their making.
 
     scores [B]: the verdicts'. `trained` holds (Policy, optimizer) by name. `mini_batches`: lists of
-    rows, as often as the update has epochs.
+    rows, as often as the update has epochs. `step`: of RL.
+
+    Where the task has a trace, every run has it: its dumps then say which steps were right.
     """
     algo = config.algorithm
     policy, _ = trained["policy"]
@@ -33,6 +38,13 @@ def prepared(
 
     if needed("steps"):
         learned = replace(learned, step_ids=steps.step_ids(learned, policy.tokenizer, algo))
+    if config.data.source in TRACES:
+        trace = TRACES[config.data.source]
+        labels, numbers = traces.verified(learned, policy.tokenizer, trace)
+        learned = replace(learned, step_labels=labels, trace_ids=numbers)
+    if needed("luck"):
+        luck = rng_for(config.seed, Draw.LUCK, step).random(len(learned))
+        learned = replace(learned, luck=torch.from_numpy(luck))
     if needed("prm"):
         once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
         log_probs, prm_metrics = prime.score_and_learn(

@@ -3,16 +3,16 @@ problems).
 
 To add a dataset, write its row in datasets.py and name it in ROWS. To add a made task, write a file
 like chain.py and name it in SOURCES and DEMONSTRATORS; with a tokenizer too, a model from scratch
-can learn it.
+can learn it, and with a trace its steps are verified.
 """
 
 from functools import partial
 
-from tasks.chain import chain_problems, chain_solution, chain_tokenizer
+from tasks.chain import chain_problems, chain_solution, chain_tokenizer, chain_trace
 from tasks.datasets import ROWS, dataset_problems
 from tasks.gym import reasoning_gym_problems
 from tasks.print_sum import print_problems, print_solution, print_tokenizer
-from tasks.words import words_problems, words_solution
+from tasks.words import words_problems, words_solution, words_trace
 
 SOURCES = {
     "chain": chain_problems,
@@ -23,6 +23,8 @@ SOURCES = {
 SOURCES |= dict.fromkeys(ROWS, dataset_problems)
 # What a warm start learns from: (prompt, noise or None) -> text
 DEMONSTRATORS = {"chain": chain_solution, "print": print_solution, "words": words_solution}
+# Which steps of a response are right: (prompt, text) -> list of Step, see traces.py
+TRACES = {"chain": chain_trace, "words": words_trace}
 # Of the sources that a model from scratch can learn
 TOKENIZERS = {"chain": chain_tokenizer, "print": print_tokenizer}
 ASK_FOR_PROGRAM = (

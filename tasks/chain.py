@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.characters import character_tokenizer
 from tasks.problem import Problem, made_problems
+from tasks.traces import Step, verified_steps
 
 LABELS = "bcdefghijklmnopqrstuvwxyz"
 SLIP = 0.12  # chance per step that the demonstrator's result is off by one
@@ -29,6 +30,8 @@ REPEATS = (
     1.0,
 )
 _OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+_QUESTION = re.compile(r"[0-9](?:[a-z][-+*][0-9])+\?")
+_STEP = re.compile(r"\s*#[0-9]?|[^;)#]*[;)]|[^;)#]+")  # the answer, or what a ; or a bracket ends
 
 
 def chain_solution(
@@ -58,6 +61,16 @@ def chain_solution(
         lines.append(step + ";" + (f"({step})" if noise and noise.random() < repeat else ""))
         value = result
     return "".join(lines) + f"#{value}"
+
+
+def chain_trace(prompt: str, text: str) -> list[Step]:
+    """Which steps of a response are right: `b3+5=8;`, a repetition `(b3+5=8)`, the answer `#9`.
+
+    Whatever text stands around the question in the prompt.
+    """
+    question = _QUESTION.findall(prompt)[-1]
+    solution = _STEP.findall(chain_solution(question))
+    return verified_steps(text, _STEP, solution, lambda step: f"({step.removesuffix(';')})")
 
 
 def chain_prompt(random: np.random.Generator, min_steps: int, max_steps: int) -> str:

@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 
 from tasks.problem import Problem, made_problems
+from tasks.traces import Step, verified_steps
 
 PEOPLE = (
     *(f"{name} She her" for name in ("Mia", "Ann", "Zoe", "Ivy", "Ruth", "Nora", "Lily", "Emma")),
@@ -40,6 +41,7 @@ LARGEST = 20  # number of things at any time
 MOST_CHANGE = 5  # that are added or taken away at once
 SLIP = 0.15  # chance per line that the demonstrator's result is off by one
 REPEATS = (0.0, 0.5)  # chance of writing a line twice; a demonstration draws one of these
+_LINE = re.compile(r"\s*\S[^\n]*\s*")  # with the empty lines behind it
 
 
 def operand(sign: str, value: int, random: np.random.Generator) -> int | None:
@@ -108,6 +110,12 @@ def words_solution(prompt: str, noise: np.random.Generator | None = None) -> str
         lines += [line, f"Check: {line}"] if noise and noise.random() < repeat else [line]
         value = result
     return "\n".join([*lines, f"The answer is \\boxed{{{value}}}."])
+
+
+def words_trace(prompt: str, text: str) -> list[Step]:
+    """Which lines of a response are right: the solution's, or `Check:` and one of them again."""
+    solution = words_solution(prompt).split("\n")
+    return verified_steps(text, _LINE, solution, lambda line: f"Check: {line}")
 
 
 def words_problems(config, seed: int) -> tuple[list[Problem], list[Problem]]:

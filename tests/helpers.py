@@ -176,6 +176,7 @@ def one_update(policy, config, batch, advantages, reference=None, folder: Path |
         (train, "grade_batch", lambda batch, *_: batch),
         (train, "evaluate", lambda *_: {"eval/accuracy": 0.0}),
         (train.model, "batch_log_probs", given_log_probs),
+        (train, "prepared", lambda learned, *_: (learned, {})),
         (train.model, "set_learning_rate", lambda *_: None),  # it stays 0
         (train.baselines, "advantage", lambda name, learned, algo: advantages[: len(learned)]),
         (train.baselines, "outcome_term", lambda *_: None),

@@ -267,6 +267,7 @@ def test_the_readmes_grader_and_dataset_work_as_they_stand(tmp_path, monkeypatch
 
 def test_scripts_explain_themselves():
     scripts = ["sample.py", "eval.py", "-m tools.sweep", "-m tools.report", "-m tools.inspector", "-m tools.smollm2"]
+    scripts += ["-m tools.credit"]
     commands = [[sys.executable, *script.split(), "--help"] for script in scripts]
     # At the same time, for each takes seconds to import what it needs
     asked = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]

@@ -203,6 +203,45 @@ def test_a_run_without_reference_has_no_step_term_to_show(tmp_path, capsys):
         look(tmp_path, "--view", "msa")
 
 
+def known(lines: list[dict]) -> list[dict]:
+    """The lines of learned groups with two right steps, a wrong one and the rest, and with Monte-Carlo values."""
+    out = copy.deepcopy(lines)
+    for line in out:
+        n = len(line["token_text"])
+        if "advantage" in line:
+            line |= {"step_label": [1, 1, 0, *[-1] * n][:n], "trace_id": [0, 1, 2, *[3] * n][:n]}
+            line |= {"value_before": [0.25, *[0.5] * n][:n], "value_after": [0.5, *[0.125] * n][:n]}
+    return out
+
+
+def test_verified_steps_and_monte_carlo_values_are_views_where_they_are_dumped(tmp_path, capsys):
+    page = page_of(run_of(tmp_path, known(LINES)))
+    assert [*page["views"]] == [*VIEWS, "verified", "value_after", "value_gain"] and page["check"][0] == "✓"
+    for line, response in zip(LINES[9:12], page["groups"][0]["responses"], strict=True):
+        n = len(line["token_text"])
+        assert response["values"]["verified"] == [1, 1, -1, *[0] * n][:n]
+        assert response["values"]["value_after"] == [0.5, *[0.125] * n][:n]
+        assert response["values"]["value_gain"] == [0.25, *[-0.375] * n][:n]
+    look(tmp_path, "--view", "verified")
+    assert re.search(r"view +verified: \+1 in a right step", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("view", "why"), [("verified", "does not verify its steps"), ("value_gain", "no Monte-Carlo")])
+def test_a_view_that_is_not_dumped_is_refused_with_the_reason(view, why, tmp_path):
+    with pytest.raises(BadInput, match=f"--view {view}: .*{why}.*; choose advantage or outcome or msa"):
+        look(run_of(tmp_path), "--view", view)
+
+
+def test_the_line_of_a_response_says_which_step_is_the_first_wrong_one(tmp_path):
+    lines = known(LINES)
+    for line in lines:
+        line["token_text"] = ["3+5=8\n", "8-1=7\n", "9\x1b\n", *line["token_text"][3:]]
+    lines[10]["step_label"] = [1, 1, 1, *lines[10]["step_label"][3:]]
+    first, second, _ = page_of(run_of(tmp_path, lines))["groups"][0]["responses"]
+    assert first["verdict"].endswith("tokens, 2 steps right, then ✗ 9\\x1b")
+    assert second["verdict"].endswith("tokens, 3 steps right")
+
+
 def test_a_value_that_is_not_finite_is_named_and_breaks_nothing(tmp_path, capsys):
     lines = copy.deepcopy(LINES)
     lines[9]["advantage"][0], lines[9]["log_prob"][2] = math.nan, -math.inf
@@ -389,6 +428,20 @@ def test_the_page_opens_from_disk_quietly_and_asks_the_network_for_nothing(brows
         assert browser.run("location.hash").endswith(f"view={view}")
         assert shades(browser) == expected_shades(3, view)
     assert browser.complaints() == [] and browser.requests() == [address]
+
+
+def test_the_first_wrong_step_is_underlined_in_every_view(browser, tmp_path):
+    page_of(run_of(tmp_path, known(LINES)))
+    browser.open((tmp_path / "page.html").as_uri())
+    lines = (
+        "[...document.querySelectorAll('article')].map(a => [...a.querySelectorAll('.t')]"
+        ".map(t => getComputedStyle(t).textDecorationStyle == 'wavy'))"
+    )
+    for view in ("advantage", "verified"):
+        browser.click(f"label:has([value={view}])")
+        expected = [[t == 2 for t in range(len(line["token_text"]))] for line in LINES[9:12]]
+        assert browser.run(lines) == expected
+    assert browser.complaints() == []
 
 
 def test_another_group_is_chosen_from_the_menu(browser, address):

@@ -18,7 +18,8 @@ import torch
 
 G, BETA, LOW, HIGH, MAX_TOKENS = 4, 0.3, 0.2, 0.3, 32
 ESTIMATORS = sorted(baselines.ADVANTAGES)
-OUTCOME_ONLY = {name for name in ESTIMATORS if not baselines.needs(name, "reference")}
+NO_REFERENCE = {name for name in ESTIMATORS if not baselines.needs(name, "reference")}
+OUTCOME_ONLY = {name for name in NO_REFERENCE if not baselines.ADVANTAGES[name].needs}
 BAD = [math.nan, math.inf, -math.inf, 1e9]
 
 
@@ -33,7 +34,13 @@ def make_batch(seed=0, B=12, T=9):
     line_breaks = torch.rand(B, T, generator=g) < 0.4
     ids = line_breaks.cumsum(1) - line_breaks[:, :1].long()  # lines are runs of tokens, numbered from 0
     w = spro.token_weights(mask, B, int(mask.sum()), "seq-mean-token-mean")
-    return SimpleNamespace(rewards=rewards, pi=pi, ref=ref, old=old, adv=adv, mask=mask, ids=ids, w=w)
+    step_ends = torch.rand(B, T, generator=g) < 0.4
+    trace = (step_ends.cumsum(1) - step_ends[:, :1].long()).masked_fill(~mask, -1)  # steps that are verified
+    first_wrong = torch.randint(0, 5, (B, 1), generator=g)  # of some, none
+    labels = torch.where(trace < first_wrong, 1, torch.where(trace == first_wrong, 0, -1))
+    labels = labels.masked_fill(~mask, -1).to(torch.int8)
+    verified = {"trace": trace, "labels": labels, "luck": torch.rand(B, generator=g).double()}
+    return SimpleNamespace(rewards=rewards, pi=pi, ref=ref, old=old, adv=adv, mask=mask, ids=ids, w=w, **verified)
 
 
 def change(batch, f):
@@ -44,8 +51,9 @@ def change(batch, f):
 
 def batch_of(b, group_size=G):
     return spro.Batch(
-        rewards=b.rewards, log_probs=b.pi, ref_log_probs=b.ref, mask=b.mask, step_ids=b.ids, group_size=group_size
-    )
+        rewards=b.rewards, log_probs=b.pi, ref_log_probs=b.ref, mask=b.mask, step_ids=b.ids, step_labels=b.labels,
+        trace_ids=b.trace, luck=b.luck, group_size=group_size,
+    )  # fmt: skip
 
 
 def estimate(name, b, group_size=G, beta=BETA):
@@ -169,6 +177,7 @@ def slow_outcomes(rewards, log_probs):
         "raft": [r if r > 0 else 0.0 for r in rewards],
         "reinforce_rej": [0.0 if equal[i] else 2 * r - 1 for i, r in enumerate(rewards)],
         "unlikeliness": slow_outcome(unlikely),
+        "positives": [z if r > 0.5 or z > 0 else 0.0 for r, z in zip(rewards, slow_outcome(rewards), strict=True)],
     }
 
 
@@ -211,7 +220,8 @@ def test_of_right_answers_the_likeliest_earns_least():
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_whose_input_is_missing_says_which(name):
     batch, algo = batch_of(make_batch()), spro.AlgorithmConfig()
-    for need, field in (("reference", "ref_log_probs"), ("steps", "step_ids")):
+    fields = {"reference": "ref_log_probs", "steps": "step_ids", "trace": "step_labels", "luck": "luck"}
+    for need, field in fields.items():
         without = dataclasses.replace(batch, **{field: None})
         if baselines.needs(name, need):
             with pytest.raises(ValueError, match=f"{name}_advantage needs {field}"):
@@ -248,7 +258,8 @@ def test_the_outcome_term_is_the_advantage_without_log_ratios():
     silent.ref = silent.pi
     for name in ESTIMATORS:
         outcome = baselines.outcome_term(name, dataclasses.replace(batch_of(b), process_log_probs=b.old), algo)
-        assert outcome is None if name == "prime_released" else outcome.equal(estimate(name, silent)), name
+        is_sum = name not in ("prime_released", "oracle", "random_blame")
+        assert outcome.equal(estimate(name, silent)) if is_sum else outcome is None, name
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6])
@@ -391,6 +402,7 @@ def test_padding_changes_nothing_whatever_it_holds_and_however_long(name, value)
     b = make_batch()
     dirty = change(b, lambda x: x.masked_fill(~b.mask, value) if x.ndim == 2 else x)
     dirty.w, dirty.ids = b.w, b.ids.masked_fill(~b.mask, 10**9)  # weight 0 is what tells the loss of padding
+    dirty.labels, dirty.trace = b.labels.masked_fill(~b.mask, 0), b.trace.masked_fill(~b.mask, 10**9)
     clean = CALLS[name](b)
     assert clean.isfinite().all() and torch.equal(CALLS[name](dirty), clean)
     wide = {k: torch.cat([x, x[:, -2:]], 1) if x.ndim == 2 else x for k, x in vars(dirty).items()}
@@ -689,7 +701,7 @@ def test_an_estimator_takes_batch_and_algo_and_reads_the_reference_where_it_says
     b, no_reference = make_batch(), make_batch()
     no_reference.ref[:] = math.nan
     ignores = torch.equal(estimate(name, no_reference), estimate(name, b))
-    assert ignores == (name in OUTCOME_ONLY)
+    assert ignores == (name in NO_REFERENCE)
 
 
 @every_estimator

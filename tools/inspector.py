@@ -46,6 +46,15 @@ VIEWS = {
     "msa": "Masked Step Advantage, CPR minus its mean over the siblings alive at this token (Eq. 12)",
     "cpr": "cumulative process reward, beta x log-ratio summed up to this token (Eq. 11)",
     "log_ratio": "log-prob under the policy minus log-prob under the reference",
+    "verified": "+1 in a right step, -1 in the response's first wrong one, 0 where nothing is judged",
+    "value_after": "Monte-Carlo value of the response up to the end of this token's step",
+    "value_gain": "Monte-Carlo advantage of this token's step: the value after it minus the value before",
+}
+NO_REFERENCE = "no log-ratio, CPR or MSA: this run has no reference"
+ABSENT = {  # why a view may not be there
+    **dict.fromkeys(("msa", "cpr", "log_ratio"), NO_REFERENCE),
+    "verified": "this run's task does not verify its steps",
+    **dict.fromkeys(("value_after", "value_gain"), "this run's estimator takes no Monte-Carlo values"),
 }
 PER_RESPONSE = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group", "token_text")
 PER_TOKEN = {  # in a line of a kept group -> in a Batch
@@ -79,9 +88,9 @@ def show(args) -> None:
     check = with_terms([line for siblings in kept.values() for line in siblings], config)
     chosen = args.group if args.group is not None else max(kept or groups, key=lambda number: spread(groups[number]))
     views = {name: VIEWS[name] for name in VIEWS if not kept or all(name in s[0]["values"] for s in kept.values())}
-    absent = "" if len(views) == len(VIEWS) else "no log-ratio, CPR or MSA: this run has no reference"
+    absent = "" if "msa" in views else NO_REFERENCE
     if args.view not in views:
-        raise BadInput(f"--view {args.view}: {absent}; choose {' or '.join(views)}")
+        raise BadInput(f"--view {args.view}: {ABSENT[args.view]}; choose {' or '.join(views)}")
     facts = {"run": visible(args.run), "step": step, "check": check, "absent": absent, "view": args.view}
     facts |= {"advantage": config["algorithm"]["advantage"], "beta": config["algorithm"]["beta"], "views": views}
     if args.html is None:
@@ -105,11 +114,11 @@ def read_step(run: Path, step: int | None) -> tuple[dict, int, dict[int, list[di
         G, _ = config["sample"]["group_size"], (config["algorithm"]["advantage"], config["algorithm"]["beta"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{run} is not a run folder: no config.yaml of a run there ({type(error).__name__})") from error
-    files = {int(file.stem[5:]): file for file in (run / "samples").glob("step_*.jsonl") if file.stem[5:].isdecimal()}
+    files = dumped_steps(run)
     if not files:
         raise BadInput(f"{run / 'samples'} holds no rollout yet: step 1 and every train.dump_every steps are dumped")
     if step is not None and step not in files:
-        raise BadInput(f"step {step} was not dumped: {run / 'samples'} has {', '.join(map(str, sorted(files)))}")
+        raise BadInput(f"step {step} was not dumped: {run / 'samples'} has {', '.join(map(str, files))}")
     step, lines = max(files) if step is None else step, []
     for number, text in enumerate(files[step].read_bytes().splitlines(), 1):
         try:
@@ -123,6 +132,12 @@ def read_step(run: Path, step: int | None) -> tuple[dict, int, dict[int, list[di
     if not groups:
         raise BadInput(f"{files[step]} is empty: is it still being written?")
     return config, step, groups
+
+
+def dumped_steps(run: Path) -> dict[int, Path]:
+    """The files of a run's rollouts, by step and in their order."""
+    files = {int(file.stem[5:]): file for file in (run / "samples").glob("step_*.jsonl") if file.stem[5:].isdecimal()}
+    return dict(sorted(files.items()))
 
 
 def read_line(text: bytes) -> dict:
@@ -196,7 +211,19 @@ def with_terms(kept: list[dict], config: dict) -> str:
         values |= {"msa": msa, "cpr": cpr, "log_ratio": batch.policy_log_probs - batch.ref_log_probs}
     for i, line in enumerate(kept):
         line["values"] = {name: value[i, : len(line["token_text"])] for name, value in values.items()}
+        line["values"] |= known_values(line)
     return check
+
+
+def known_values(line: dict) -> dict[str, torch.Tensor]:
+    """The views of what is known of a response's steps: whether they are right, and what they gained."""
+    values = {}
+    if "step_label" in line:
+        values["verified"] = (line["step_label"] == 1).double() - (line["step_label"] == 0).double()
+    if "value_after" in line:
+        before, after = (torch.as_tensor(line[name], dtype=torch.float64) for name in ("value_before", "value_after"))
+        values |= {"value_after": after, "value_gain": after - before}
+    return values
 
 
 def scale_of(siblings: list[dict], view: str) -> float:
@@ -230,7 +257,17 @@ def verdict_of(line: dict) -> str:
     words += [visible(line["reason"]), f"{len(line['token_text'])} tokens"]
     if line["truncated"]:
         words.append("cut off")
+    if "step_label" in line:
+        words.append(trace_of(line))
     return f"{mark_of(score)} " + ", ".join(words)
+
+
+def trace_of(line: dict) -> str:
+    """How many steps of a response are right, and which is the first wrong one."""
+    right = line["trace_id"][line["step_label"] == 1].unique().numel()
+    tokens = zip(line["token_text"], line["step_label"].tolist(), strict=True)
+    wrong = "".join(text for text, label in tokens if label == 0).strip()
+    return f"{right} steps right" + (f", then ✗ {visible(wrong)}" if wrong else "")
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""The ruler for credit: its statistics against all pairs and ranks written out, its table against sums done here."""
+
+import itertools
+import math
+import random
+import re
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from infra.errors import BadInput
+from tools import credit
+
+import chaos
+from conftest import finished
+from test_inspect import LINES, G, run_of, terms
+
+
+def drawn(seed: int, n: int, kinds: int) -> list[float]:
+    """Numbers with ties."""
+    return [round(x, 1) for x in random.Random(seed).choices([k / 10 for k in range(kinds)], k=n)]
+
+
+def auc_by_pairs(scores, right) -> float:
+    pairs = [(a, b) for (a, x), (b, y) in itertools.product(zip(scores, right, strict=True), repeat=2) if x and not y]
+    return statistics.fmean((a > b) + (a == b) / 2 for a, b in pairs) if pairs else math.nan
+
+
+def ranks(xs) -> list[float]:
+    """1 for the smallest; ties have the mean of the ranks that they take up."""
+    return [1 + sum(y < x for y in xs) + (sum(y == x for y in xs) - 1) / 2 for x in xs]
+
+
+def spearman_by_ranks(xs, ys) -> float:
+    if len(set(xs)) == 1 or len(set(ys)) == 1:
+        return math.nan
+    return statistics.correlation(ranks(xs), ranks(ys))
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 4, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_auc_is_the_share_of_pairs_in_order_with_ties_as_half(seed, kinds):
+    scores, right = drawn(seed, 30, kinds), [x > 0 for x in drawn(seed + 9, 30, 2)]
+    where, truth = credit.places(scores), np.array(right)
+    assert credit.auc(where, truth, np.ones(30)) == pytest.approx(auc_by_pairs(scores, right))
+    times = [i % 4 for i in range(30)]  # how often each counts
+    repeated = [[x for x, n in zip(xs, times, strict=True) for _ in range(n)] for xs in (scores, right)]
+    assert credit.auc(where, truth, np.array(times, dtype=float)) == pytest.approx(auc_by_pairs(*repeated))
+    assert math.isnan(credit.auc(where, np.ones(30, dtype=bool), np.ones(30)))
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 4, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_spearman_is_the_correlation_of_mean_ranks(seed, kinds):
+    xs, ys = drawn(seed, 30, kinds), drawn(seed + 9, 30, 5)
+    where = credit.places(xs), credit.places(ys)
+    expected = pytest.approx(spearman_by_ranks(xs, ys), nan_ok=True)
+    assert credit.spearman(*where, np.ones(30)) == expected
+    times = [i % 4 for i in range(30)]
+    repeated = [[x for x, n in zip(zs, times, strict=True) for _ in range(n)] for zs in (xs, ys)]
+    expected = pytest.approx(spearman_by_ranks(*repeated), nan_ok=True)
+    assert credit.spearman(*where, np.array(times, dtype=float)) == expected
+
+
+def test_the_bootstrap_draws_whole_groups_with_replacement_and_the_same_every_time():
+    clusters = np.array([4, 4, 7, 9, 9, 9])
+    draws = credit.resampled(clusters)
+    assert draws.shape == (credit.RESAMPLES, 6) and (draws == credit.resampled(clusters)).all()
+    assert (draws[:, 0] == draws[:, 1]).all() and (draws[:, 3:] == draws[:, 3:4]).all()
+    counts = draws[:, [0, 2, 3]]
+    assert (counts.sum(1) == 3).all()
+    drawn = {row: (counts == row).all(1).mean() for row in set(map(tuple, counts))}
+    for row in itertools.product(range(4), repeat=3):  # the multinomial's probabilities
+        if sum(row) == 3:
+            chance = math.factorial(3) / math.prod(map(math.factorial, row)) / 27
+            assert drawn.get(row, 0.0) == pytest.approx(chance, abs=5 * math.sqrt(chance / len(counts)))
+
+
+def test_the_interval_holds_95_percent_of_the_draws_and_a_draw_without_a_value_is_left_out():
+    weights = np.arange(201.0)[:, None] * np.ones(3)
+    assert credit.with_interval(lambda w: w[0], weights) == (1.0, 5.0, 195.0)
+    assert credit.with_interval(lambda w: math.nan if w[0] > 100 else w[0], weights) == (1.0, 2.5, 97.5)
+    assert all(map(math.isnan, credit.with_interval(lambda w: math.nan, weights)))
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def traced(lines: list[dict], seed: int) -> list[dict]:
+    """Dumped lines of learned groups with steps of 1 to 3 tokens: verified ones, and ones with Monte-Carlo values."""
+    draw, out = random.Random(seed), []
+    for line in lines:
+        n = len(line["token_text"])
+        numbers = [k for k in range(n) for _ in range(draw.randint(1, 3))][:n]
+        first_wrong = draw.randint(0, 3)
+        labels = [1 if k < first_wrong else 0 if k == first_wrong else -1 for k in numbers]
+        values = [round(draw.random(), 1) for _ in range(n + 1)]
+        line = line | {"step_label": labels, "trace_id": numbers, "step_id": numbers}
+        line |= {"value_before": [values[k] for k in numbers], "value_after": [values[k + 1] for k in numbers]}
+        line |= {name: [-draw.expovariate(1) for _ in range(n)] for name in ("process_log_prob", "answer_log_prob")}
+        out.append(line)
+    return out
+
+
+def scores_by_hand(line: dict, values: dict, tokens: list[int]) -> dict[str, float]:
+    def total(name, minus=None):
+        return sum(line[name][t] - (line[minus][t] if minus else 0) for t in tokens)
+
+    return {
+        "log-ratio": sum(values["log_ratio"][t] for t in tokens),
+        "CPR": values["cpr"][tokens[-1]],
+        "MSA": values["msa"][tokens[-1]],
+        "log-prob": total("log_prob"),
+        "entropy": -max(line["entropy"][t] for t in tokens),
+        "step term": statistics.fmean(values["advantage"][t] - values["outcome"][t] for t in tokens),
+        "PRM": total("process_log_prob", "ref_log_prob"),
+        "answer": total("answer_log_prob", "log_prob"),
+    }
+
+
+def steps_by_hand(lines: list[dict]) -> list[tuple[dict, int, float]]:
+    """(scores, label, Monte-Carlo advantage) of every step of a dump."""
+    found = []
+    for start in range(0, len(lines), G):
+        siblings = lines[start : start + G]
+        for line, values in zip(siblings, terms(siblings), strict=True):
+            for number in sorted(set(line["trace_id"])):
+                tokens = [t for t, k in enumerate(line["trace_id"]) if k == number]
+                gain = line["value_after"][tokens[0]] - line["value_before"][tokens[0]]
+                found.append((scores_by_hand(line, values, tokens), line["step_label"][tokens[0]], gain))
+    return found
+
+
+def cells_of(text: str) -> list[dict[str, str]]:
+    """The rows of every table as column -> cell."""
+    found, names = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            names = None
+        elif names is None:
+            names = cells
+        elif "---" not in cells[0]:
+            found.append(dict(zip(names, cells, strict=True)))
+    return found
+
+
+def complete(folder, lines, seed: int, step: int = 3, **algorithm):
+    """A run folder that tools.report reads too."""
+    run_of(folder, lines, step, **algorithm)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"seed": seed, "train": {"steps": step}}))
+    return folder
+
+
+def test_every_cell_is_the_statistic_of_the_steps_of_all_seeds(tmp_path):
+    dumps = {seed: traced(LINES[G:], seed) for seed in range(2)}
+    for seed, lines in dumps.items():
+        complete(tmp_path / f"seed{seed}", [*LINES[:G], *lines], seed)
+    complete(tmp_path / "other", traced(LINES[G:], 7), 0, advantage="spro_local")
+    text = credit.tables(credit.gathered([tmp_path]), None)
+    assert re.findall(r"^(\S+), (\d) runs?: (\w+)", text, re.M) == [
+        (name, n, kind) for name, n in (("spro_local", "1"), ("spro", "2")) for kind in ("AUC", "Spearman")
+    ]
+    rows = cells_of(text)
+    steps = [step for lines in dumps.values() for step in steps_by_hand(lines)]
+    judged = [(scores, label == 1) for scores, label, _ in steps if label >= 0]
+    right = [is_right for _, is_right in judged]
+    assert rows[2]["steps"] == f"{sum(right)} right, {len(right) - sum(right)} wrong" and rows[2]["step"] == "3"
+    assert rows[3]["steps"] == str(len(steps)) and [*rows[2]] == [*rows[3]] == ["step", "steps", *credit.SCORERS]
+    for name in credit.SCORERS:
+        value, low, high = map(float, re.findall(r"-?[\d.]+", rows[2][name]))
+        assert value == pytest.approx(auc_by_pairs([scores[name] for scores, _ in judged], right), abs=0.006)
+        assert low <= value <= high and low < high
+        value, low, high = map(float, re.findall(r"-?[\d.]+", rows[3][name]))
+        expected = spearman_by_ranks([scores[name] for scores, *_ in steps], [gain for *_, gain in steps])
+        assert value == pytest.approx(expected, abs=0.006) and low <= value <= high
+
+
+def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
+    lines = traced(LINES[G:], 0)
+    outcomes = [values["outcome"] for start in range(0, len(lines), G) for values in terms(lines[start : start + G])]
+    for line, outcome in zip(lines, outcomes, strict=True):
+        line["advantage"] = outcome
+        for name in ("ref_log_prob", "process_log_prob", "answer_log_prob", "value_before", "value_after"):
+            del line[name]
+    complete(tmp_path / "run", lines, 0, advantage="grpo")
+    (row,) = cells_of(credit.tables(credit.gathered([tmp_path]), None))
+    assert [*row] == ["step", "steps", "log-prob", "entropy"]
+
+
+def test_figures_are_drawn_for_both_tables(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for step in (1, 10):
+        complete(tmp_path / "run", traced(LINES[G:], step), 0, step=step)
+    monkeypatch.setattr(sys, "argv", ["credit", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    credit.main()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "auc-spro-1-run.svg",
+        "spearman-spro-1-run.svg",
+        "credit.md",
+    }
+    svg = (tmp_path / "out" / "auc-spro-1-run.svg").read_text()
+    assert all(f">{name}<" in svg for name in credit.SCORERS)
+    assert (tmp_path / "out" / "credit.md").read_text() == capsys.readouterr().out
+
+
+def test_runs_that_tell_nothing_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="no run in "):
+        credit.gathered([tmp_path])
+    complete(tmp_path / "run", LINES, 0)
+    with pytest.raises(BadInput, match="no dump of these runs has a step_label or a value_after"):
+        credit.gathered([tmp_path])
+
+
+def test_a_runs_dumps_are_measured_from_the_command_line(tmp_path, warm):
+    finished(tmp_path / "run", warm, "train.steps=2", "train.dump_every=1", "algorithm.advantage=oracle")
+    script = [sys.executable, "-m", "tools.credit", str(tmp_path / "run")]
+    done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "oracle, 1 run: AUC" in done.stdout and len(cells_of(done.stdout)) == 2
