@@ -31,6 +31,11 @@ from torch import Tensor
 
 WEIGHT_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")
 PROCESS_DTYPES = ("tf32", "float32", "bfloat16")
+NEEDED_FIELDS = {  # what an estimator says it needs -> a field that its batch must have
+    "reference": "ref_log_probs",
+    "steps": "step_ids",
+    "values": "values_before",
+}
 MAX_LOG_RATIO = 20.0  # one runaway token must not overflow: inf x 0 would be NaN for the whole step
 KL_ESTIMATORS = {  # of KL(policy || reference), from d = log policy - log reference of the token
     "k1": lambda d: d,
@@ -144,8 +149,8 @@ def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
     needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "steps"
-    (step_ids). `additive`: whether it is the sum of an outcome term and a step term, which are then
-    logged apart.
+    (step_ids), "values" (values_before and values_after, see baselines/values.py). `additive`:
+    whether it is the sum of an outcome term and a step term, which are then logged apart.
 
     What all estimators have in common is done here once: no gradient flows into an advantage,
     masked tokens have none, and a batch that lacks what is needed is a ValueError.
@@ -159,7 +164,7 @@ def estimator(*needs: str, additive: bool = True):
             if "reference" in needs and batch.ref_log_probs is None and algo.beta == 0:
                 # beta 0 loads no reference
                 batch = replace(batch, ref_log_probs=batch.policy_log_probs)
-            for need, name in (("reference", "ref_log_probs"), ("steps", "step_ids")):
+            for need, name in NEEDED_FIELDS.items():
                 if need in needs and getattr(batch, name) is None:
                     raise ValueError(f"{formula.__name__} needs {name} [B, T] in its batch")
             return torch.where(batch.mask, formula(batch, algo), 0.0)
@@ -376,6 +381,8 @@ class Batch:
     # 4. Advantage
     process_log_probs: Tensor | None = per_step()  # of a PRM; None: the policy is its own
     step_ids: Tensor | None = per_step()  # numbers each response's steps from 0
+    values_before: Tensor | None = per_step()  # chance of success at the start of a token's step
+    values_after: Tensor | None = per_step()  # ... and at its end
     advantages: Tensor | None = per_step()
     # 5. Update
     weights: Tensor | None = per_step()  # float64, in the optimizer step; 0 where masked

@@ -1,4 +1,4 @@
-"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME.
+"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, sampled values.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 import spro
-from baselines import ablations, outcome_only, prime
+from baselines import ablations, outcome_only, prime, values
 from spro import AlgorithmConfig, Batch
 
 
@@ -25,7 +25,7 @@ def estimators_in(module) -> dict:
 
 ADVANTAGES = spro.ADVANTAGES | {
     name: function
-    for module in (outcome_only, ablations, prime)
+    for module in (outcome_only, ablations, prime, values)
     for name, function in estimators_in(module).items()
 }
 
@@ -53,17 +53,18 @@ def advantage(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor:
 
 
 def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor | None:
-    """The advantage without its step term, [B, T]: what is left where every log-ratio is 0. To log,
-    and to compare.
+    """The advantage without its step term, [B, T]: what is left where every log-ratio is 0 and no
+    step changes a value. To log, and to compare.
 
     None where the estimator is no sum of two such terms.
     """
     if not getattr(ADVANTAGES[name], "additive", True):
         return None
     silent = replace(batch, ref_log_probs=batch.policy_log_probs, process_log_probs=None)
+    silent = replace(silent, values_after=batch.values_before)
     return advantage(name, silent, algo)
 
 
 def needs(name: str, what: str) -> bool:
-    """Whether the estimator needs "reference", "prm" or "steps"."""
+    """Whether the estimator needs "reference", "prm", "steps" or "values"."""
     return what in getattr(ADVANTAGES[name], "needs", ())

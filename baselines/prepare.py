@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from baselines import needs, prime, steps
+from baselines import needs, prime, steps, values
+from infra.metrics import timed
+from infra.rng import Draw
+from rewards import Grader
 from spro import Batch
 
 
@@ -18,11 +21,13 @@ def prepared(
     trained: dict,
     config,
     mini_batches: list[torch.Tensor],
+    step: int,
+    grader: Grader,
 ) -> tuple[Batch, dict[str, float]]:
     """The batch with the fields that the run's estimator needs, and metrics of their making.
 
     scores [B]: the verdicts'. `trained` holds (Policy, optimizer) by name. `mini_batches`: lists of
-    rows, as often as the update has epochs.
+    rows, as often as the update has epochs. `step`: of the run; what is drawn here depends on it.
     """
     algo = config.algorithm
     policy, _ = trained["policy"]
@@ -31,7 +36,7 @@ def prepared(
     def needed(what: str) -> bool:
         return needs(algo.advantage, what)
 
-    if needed("steps"):
+    if needed("steps") or needed("values"):
         learned = replace(learned, step_ids=steps.step_ids(learned, policy.tokenizer, algo))
     if needed("prm"):
         once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
@@ -40,4 +45,13 @@ def prepared(
         )
         learned = replace(learned, process_log_probs=log_probs)
         metrics |= prm_metrics
+    if needed("values"):
+        how = (config.values.continuations, config.sample, grader)
+        key = (config.seed, Draw.CONTINUE, step)
+        with timed(metrics, "time/values"):
+            before, after, counts = values.continue_prefixes(
+                policy, learned, learned.step_ids, *how, key
+            )
+        learned = replace(learned, values_before=before, values_after=after)
+        metrics |= counts
     return learned, metrics

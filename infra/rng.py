@@ -17,6 +17,7 @@ class Draw(IntEnum):
     EVALUATE = 4
     DEMONSTRATE = 5
     WEIGHTS = 6
+    CONTINUE = 8
 
 
 def rng_for(seed: int, purpose: Draw, *index: int) -> np.random.Generator:
