@@ -14,6 +14,7 @@ response goes on differently. docs/algorithm.md says how often.
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -66,7 +67,8 @@ class SampleConfig(Block):
         least=0,
         rounds=True,
         lowers=dict.fromkeys(
-            ("sample", "evaluate"), "set sample.batch_tokens below what the start of the run says"
+            ("sample", "values", "evaluate"),
+            "set sample.batch_tokens below what the start of the run says",
         ),
     )
     decoding: str = knob(
@@ -346,14 +348,16 @@ def open_run(path: str) -> tuple[Policy, dict]:
     return policy, config
 
 
+def context_of(policy: Policy) -> float:
+    """Tokens of prompt and response that the model takes; inf where its config sets no bound."""
+    return getattr(policy.config, "max_position_embeddings", None) or math.inf
+
+
 def context_left(policy: Policy, max_new_tokens: int, max_prompt_tokens: int) -> int:
     """The longest prompt, in tokens, that leaves the model room for a whole response. Raises
     BadInput if none does.
     """
-    context = (
-        getattr(policy.config, "max_position_embeddings", None)
-        or max_prompt_tokens + max_new_tokens
-    )
+    context = context_of(policy)
     if context <= max_new_tokens:
         raise BadInput(
             f"{max_new_tokens} new tokens leave no room for a prompt in the model's context of "

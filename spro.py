@@ -36,6 +36,7 @@ NEEDED_FIELDS = {  # what an estimator says it needs -> a field that its batch m
     "steps": "step_ids",
     "trace": "step_labels",
     "luck": "luck",
+    "values": "values_before",
 }
 MAX_LOG_RATIO = 20.0  # one runaway token must not overflow: inf x 0 would be NaN for the whole step
 KL_ESTIMATORS = {  # of KL(policy || reference), from d = log policy - log reference of the token
@@ -150,8 +151,9 @@ def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
     needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "steps"
-    (step_ids), "trace" (step_labels, trace_ids), "luck". `additive`: whether it is the sum of an
-    outcome term and a step term, which are then logged apart.
+    (step_ids), "values" (values_before and values_after, see baselines/values.py), "trace"
+    (step_labels, trace_ids), "luck". `additive`: whether it is the sum of an outcome term and a
+    step term, which are then logged apart.
 
     What all estimators have in common is done here once: no gradient flows into an advantage,
     masked tokens have none, and a batch that lacks what is needed is a ValueError.
@@ -385,6 +387,8 @@ class Batch:
     step_labels: Tensor | None = per_step()  # 1 in a right step, 0 in the first wrong one, else -1
     trace_ids: Tensor | None = per_step()  # numbers the steps that have these labels; -1 in none
     luck: Tensor | None = per_row()  # uniform in [0, 1)
+    values_before: Tensor | None = per_step()  # chance of success at the start of a token's step
+    values_after: Tensor | None = per_step()  # ... and at its end
     advantages: Tensor | None = per_step()
     # 5. Update
     weights: Tensor | None = per_step()  # float64, in the optimizer step; 0 where masked

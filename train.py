@@ -34,6 +34,7 @@ from baselines import against_reference, diagnostics, prime, supervised
 from baselines.prepare import prepared
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
+from baselines.values import ValuesConfig
 from data import DataConfig
 from eval import EvalConfig
 from infra import checkpoints, console, dumps, memory, metrics, processes, run_folder, sharding
@@ -114,6 +115,7 @@ class Config(Block):
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     prime: PrimeConfig = field(default_factory=PrimeConfig)
+    values: ValuesConfig = field(default_factory=ValuesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -169,6 +171,10 @@ class Config(Block):
     @property
     def needs_prm(self) -> bool:
         return baselines.needs(self.algorithm.advantage, "prm")
+
+    @property
+    def needs_values(self) -> bool:
+        return baselines.needs(self.algorithm.advantage, "values")
 
     @property
     def needs_reference(self) -> bool:
@@ -242,7 +248,7 @@ def train(
         # One per token, and fixed from here on. This is the only stage that knows which algorithm
         # runs; what some baselines need besides log-probs is made just before.
         batches = data.mini_batches(len(learned), config, step)
-        learned, extra = prepared(learned, scores[rows], trained, config, batches, step)
+        learned, extra = prepared(learned, scores[rows], trained, config, batches, step, grader)
         learned = replace(learned, advantages=baselines.advantage(a.advantage, learned, a))
         outcome = baselines.outcome_term(a.advantage, learned, a)  # all but the step term: to log
 

@@ -1,4 +1,5 @@
-"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, an oracle.
+"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, sampled values, an
+oracle.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -9,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import spro
-from baselines import ablations, oracle, outcome_only, prime
+from baselines import ablations, oracle, outcome_only, prime, values
 from spro import AlgorithmConfig, Batch
 from tasks import TRACES
 
@@ -26,7 +27,7 @@ def estimators_in(module) -> dict:
 
 ADVANTAGES = spro.ADVANTAGES | {
     name: function
-    for module in (outcome_only, ablations, prime, oracle)
+    for module in (outcome_only, ablations, prime, values, oracle)
     for name, function in estimators_in(module).items()
 }
 
@@ -63,14 +64,15 @@ def advantage(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor:
 
 
 def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor | None:
-    """The advantage without its step term, [B, T]: what is left where every log-ratio is 0. To log,
-    and to compare.
+    """The advantage without its step term, [B, T]: what is left where every log-ratio is 0 and no
+    step changes a value. To log, and to compare.
 
     None where the estimator is no sum of two such terms.
     """
     if not getattr(ADVANTAGES[name], "additive", True):
         return None
     silent = replace(batch, ref_log_probs=batch.policy_log_probs, process_log_probs=None)
+    silent = replace(silent, values_after=batch.values_before)
     return advantage(name, silent, algo)
 
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from baselines import needs, prime, steps, traces
+from baselines import needs, prime, steps, traces, values
+from infra.metrics import timed
 from infra.rng import Draw, rng_for
+from rewards import Grader
 from spro import Batch
 from tasks import TRACES
 
@@ -21,11 +23,12 @@ def prepared(
     config,
     mini_batches: list[torch.Tensor],
     step: int,
+    grader: Grader,
 ) -> tuple[Batch, dict[str, float]]:
     """The batch with the fields that the run's estimator needs, and metrics of their making.
 
     scores [B]: the verdicts'. `trained` holds (Policy, optimizer) by name. `mini_batches`: lists of
-    rows, as often as the update has epochs. `step`: of RL.
+    rows, as often as the update has epochs. `step`: of the run; what is drawn here depends on it.
 
     Where the task has a trace, every run has it: its dumps then say which steps were right.
     """
@@ -36,7 +39,7 @@ def prepared(
     def needed(what: str) -> bool:
         return needs(algo.advantage, what)
 
-    if needed("steps"):
+    if needed("steps") or needed("values"):
         learned = replace(learned, step_ids=steps.step_ids(learned, policy.tokenizer, algo))
     if config.data.source in TRACES:
         trace = TRACES[config.data.source]
@@ -52,4 +55,13 @@ def prepared(
         )
         learned = replace(learned, process_log_probs=log_probs)
         metrics |= prm_metrics
+    if needed("values"):
+        how = (config.values.continuations, config.sample, grader)
+        key = (config.seed, Draw.CONTINUE, step)
+        with timed(metrics, "time/values"):
+            before, after, counts = values.continue_prefixes(
+                policy, learned, learned.step_ids, *how, key
+            )
+        learned = replace(learned, values_before=before, values_after=after)
+        metrics |= counts
     return learned, metrics

@@ -37,6 +37,18 @@ def programs_line(problems: list, grader) -> str:
     return f"; programs run in {grader.isolation()}" if graded else ""
 
 
+def values_line(config) -> tuple[str, ...]:
+    """How often prefixes are continued, where the estimator needs their values."""
+    if not config.needs_values:
+        return ()
+    tokens = config.algorithm.step_tokens
+    step = f"stretch of {tokens} tokens" if tokens else "line"
+    return (
+        f"values   {config.values.continuations} continuations from the beginning of every {step} "
+        "of every response that is learned from",
+    )
+
+
 def describe(
     config, policy, problems: list, n_held_out: int, grader, generation: dict, batch_tokens: int
 ) -> str:
@@ -78,6 +90,7 @@ def describe(
         f"{t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}{refills}",
         f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; at most "
         f"{batch_tokens:,} tokens decoded together; generate: {generation}",
+        *values_line(config),
     )
     return "\n".join(lines)
 

@@ -23,8 +23,10 @@ REPLACEMENT = "\ufffd"  # what bytes that are no character are read as
 
 
 def dump_key(field: str) -> str:
-    """The name of a Batch's per-token field in the line of one response: log_probs -> log_prob."""
-    return field if field == "entropy" else field.removesuffix("s")
+    """The name of a Batch's per-token field in the line of one response: log_probs -> log_prob,
+    values_after -> value_after.
+    """
+    return field if field == "entropy" else field.replace("values_", "value_").removesuffix("s")
 
 
 def token_texts(tokenizer) -> Callable[[list[int]], list[str]]:

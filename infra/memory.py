@@ -213,9 +213,11 @@ def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
     t, s = config.train, config.sample
     ranks, on_gpu, free = planned_machine(config, policy.device)
     row = max(map(len, prompts)) + s.max_new_tokens
-    responses = t.prompts_per_step * s.group_size
+    sampled = t.prompts_per_step * s.group_size
+    if config.needs_values:  # as many of each response as it has steps, and a token is one at least
+        sampled *= config.values.continuations * s.max_new_tokens
     work = Work(
-        sampled_tokens=min(max(row, tokens), row * -(-responses // ranks)),
+        sampled_tokens=min(max(row, tokens), row * -(-sampled // ranks)),
         tokens_per_row=row,
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,

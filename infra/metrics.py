@@ -118,7 +118,8 @@ def token_metrics(batch, outcome: torch.Tensor | None) -> dict[str, float]:
         metrics["kl/ref"] = (batch.policy_log_probs - batch.ref_log_probs)[live].mean().item()
     if outcome is not None:
         metrics["advantage/outcome_abs"] = outcome[live].abs().mean().item()
-    if outcome is not None and batch.ref_log_probs is not None:
+    has_step_term = batch.ref_log_probs is not None or batch.values_before is not None
+    if outcome is not None and has_step_term:
         metrics["advantage/step_abs"] = (batch.advantages - outcome)[live].abs().mean().item()
     return metrics
 

@@ -18,6 +18,7 @@ class Draw(IntEnum):
     DEMONSTRATE = 5
     WEIGHTS = 6
     LUCK = 7
+    CONTINUE = 8
 
 
 def rng_for(seed: int, purpose: Draw, *index: int) -> np.random.Generator:

@@ -33,6 +33,7 @@ MEASURED = {f"time/{stage}" for stage in ("sample", "reward", "log_probs", "upda
 MEASURED |= {"tokens_per_second", "memory/peak_gib"}
 OPTIONAL = {  # keys that the golden run's config does not compute
     *("prm/loss", "prm/ranking_accuracy", "prm/grad_norm", "prm/refused", "time/prm"),  # with PRIME
+    *("values/continuations", "values/tokens", "values/faults", "time/values"),  # where an estimator needs values
     "groups/sampled",  # with train.max_refills
     *("kl/loss", "gradient/cosine", "gradient/norm_ratio"),  # with algorithm.kl_coef, train.diagnose_every
 }
@@ -219,7 +220,8 @@ def test_texts_name_only_files_keys_and_commands_that_exist(name):
     for path in re.findall(r"\]\(((?!http)[^)#]+)", text):
         assert (ROOT / ("docs" if name in PAGES else "") / path).exists(), path
     known = set(infra.config.all_keys(train.Config))
-    for key in re.findall(r"(?<![\w./])((?:model|data|sample|reward|algorithm|prime|train|eval)\.\w+)(?==|`|:)", text):
+    blocks = "model|data|sample|reward|algorithm|prime|values|train|eval"
+    for key in re.findall(rf"(?<![\w./])((?:{blocks})\.\w+)(?==|`|:)", text):
         free = key.split(".")[0] + "." + key.split(".")[1]
         assert key in known or free in known or key.endswith((".from_pretrained", ".py")), key
     for script in re.findall(r"python (\w+\.py)", text):

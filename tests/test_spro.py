@@ -18,8 +18,7 @@ import torch
 
 G, BETA, LOW, HIGH, MAX_TOKENS = 4, 0.3, 0.2, 0.3, 32
 ESTIMATORS = sorted(baselines.ADVANTAGES)
-NO_REFERENCE = {name for name in ESTIMATORS if not baselines.needs(name, "reference")}
-OUTCOME_ONLY = {name for name in NO_REFERENCE if not baselines.ADVANTAGES[name].needs}
+OUTCOME_ONLY = {name for name in ESTIMATORS if not baselines.ADVANTAGES[name].needs}
 BAD = [math.nan, math.inf, -math.inf, 1e9]
 
 
@@ -39,8 +38,11 @@ def make_batch(seed=0, B=12, T=9):
     first_wrong = torch.randint(0, 5, (B, 1), generator=g)  # of some, none
     labels = torch.where(trace < first_wrong, 1, torch.where(trace == first_wrong, 0, -1))
     labels = labels.masked_fill(~mask, -1).to(torch.int8)
-    verified = {"trace": trace, "labels": labels, "luck": torch.rand(B, generator=g).double()}
-    return SimpleNamespace(rewards=rewards, pi=pi, ref=ref, old=old, adv=adv, mask=mask, ids=ids, w=w, **verified)
+    luck = torch.rand(B, generator=g).double()
+    values = torch.rand(B, T + 1, generator=g).double()  # of the prefixes where a line begins and the last one ends
+    before, after = values.gather(1, ids), values.gather(1, ids + 1)
+    tensors = {"rewards": rewards, "pi": pi, "ref": ref, "old": old, "adv": adv, "mask": mask, "ids": ids, "w": w}
+    return SimpleNamespace(**tensors, trace=trace, labels=labels, luck=luck, before=before, after=after)
 
 
 def change(batch, f):
@@ -52,7 +54,7 @@ def change(batch, f):
 def batch_of(b, group_size=G):
     return spro.Batch(
         rewards=b.rewards, log_probs=b.pi, ref_log_probs=b.ref, mask=b.mask, step_ids=b.ids, step_labels=b.labels,
-        trace_ids=b.trace, luck=b.luck, group_size=group_size,
+        trace_ids=b.trace, luck=b.luck, values_before=b.before, values_after=b.after, group_size=group_size,
     )  # fmt: skip
 
 
@@ -164,6 +166,19 @@ def slow_step_terms(rows, ids, rewards):
     }
 
 
+def slow_value_terms(before, after):
+    """What a step changes of a value, of a best-of-4 prover's, of an entropy-regularized one: eta 1."""
+
+    def term(f):
+        return [[f(b) - f(a) for a, b in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
+
+    return {
+        "vine": term(lambda v: v),
+        "pav": term(lambda v: 3 * (1 - (1 - v) * (1 - v) * (1 - v) * (1 - v))),
+        "er_prm": term(lambda v: math.log((1 - v) * math.exp(0) + v * math.exp(1))),
+    }  # fmt: skip
+
+
 def slow_outcomes(rewards, log_probs):
     """Each baseline's advantage of a response, written from its paper's formula."""
     likelihood = [statistics.fmean(row) for row in log_probs]
@@ -191,12 +206,13 @@ def test_baselines_and_ablations_match_loops_over_their_definitions(seed, binary
     rewards, process = b.rewards.tolist(), ragged(BETA * (b.pi - b.ref), b.mask)
     outcomes = slow_outcomes(rewards, ragged(b.pi, b.mask))
     steps = slow_step_terms(process, ragged(b.ids, b.mask), rewards)
+    steps |= slow_value_terms(ragged(b.before, b.mask), ragged(b.after, b.mask))
     assert outcomes.keys() == OUTCOME_ONLY and steps.keys() | outcomes.keys() | {"spro"} <= set(ESTIMATORS)
     for name, expected in outcomes.items():
         rows = [[expected[i]] * len(row) for i, row in enumerate(process)]
         assert_equal(estimate(name, b), padded(rows))
     for name, expected in steps.items():
-        outcome = [0.0] * 12 if name == "msa_only" else outcomes["grpo"]
+        outcome = [0.0] * 12 if name in ("msa_only", "vine") else outcomes["grpo"]
         assert_equal(estimate(name, b), padded([[outcome[i] + x for x in row] for i, row in enumerate(expected)]))
 
 
@@ -220,8 +236,7 @@ def test_of_right_answers_the_likeliest_earns_least():
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_whose_input_is_missing_says_which(name):
     batch, algo = batch_of(make_batch()), spro.AlgorithmConfig()
-    fields = {"reference": "ref_log_probs", "steps": "step_ids", "trace": "step_labels", "luck": "luck"}
-    for need, field in fields.items():
+    for need, field in spro.NEEDED_FIELDS.items():
         without = dataclasses.replace(batch, **{field: None})
         if baselines.needs(name, need):
             with pytest.raises(ValueError, match=f"{name}_advantage needs {field}"):
@@ -252,10 +267,10 @@ def test_the_process_reward_of_prime_is_the_prms_where_there_is_one():
         assert not baselines.advantage(name, batch, algo).equal(estimate(name, b))
 
 
-def test_the_outcome_term_is_the_advantage_without_log_ratios():
+def test_the_outcome_term_is_the_advantage_without_log_ratios_and_changes_of_value():
     b = make_batch()
     algo, silent = spro.AlgorithmConfig(beta=BETA), make_batch()
-    silent.ref = silent.pi
+    silent.ref, silent.after = silent.pi, silent.before
     for name in ESTIMATORS:
         outcome = baselines.outcome_term(name, dataclasses.replace(batch_of(b), process_log_probs=b.old), algo)
         is_sum = name not in ("prime_released", "oracle", "random_blame")
@@ -701,7 +716,7 @@ def test_an_estimator_takes_batch_and_algo_and_reads_the_reference_where_it_says
     b, no_reference = make_batch(), make_batch()
     no_reference.ref[:] = math.nan
     ignores = torch.equal(estimate(name, no_reference), estimate(name, b))
-    assert ignores == (name in NO_REFERENCE)
+    assert ignores != baselines.needs(name, "reference")
 
 
 @every_estimator

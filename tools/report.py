@@ -326,7 +326,8 @@ def along(run: Run, x: str) -> np.ndarray:
     prompts, group_size = run.config.get("train.prompts_per_step", 1), run.config.get("sample.group_size", 1)
     groups = [row.get("groups/sampled", prompts) for row in run.rows]
     lengths = [row.get("response_length/mean", 0.0) for row in run.rows]
-    return np.cumsum(np.multiply(groups, lengths)) * group_size
+    continued = [row.get("values/tokens", 0) for row in run.rows]
+    return np.cumsum(np.multiply(groups, lengths) * group_size + continued)
 
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
