@@ -46,7 +46,7 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
-SILENT = 1e-4  # a step term that is nowhere larger is rounding: the inspector's tolerance
+ROUNDING = 1e-5  # of the advantages, which training computes in fp32
 
 
 def parser() -> Parser:
@@ -220,7 +220,7 @@ def steps_of(numbers: torch.Tensor) -> Iterator[slice]:
 def token_values(line: dict) -> dict[str, torch.Tensor]:
     """What SCORERS read of the tokens of a response, as far as the dump has it."""
     values = {**line["values"], "log_prob": line["log_prob"], "entropy": line["entropy"]}
-    values["step_term"] = values["advantage"] - values["outcome"]
+    values["step_term"] = ((values["advantage"] - values["outcome"]) / ROUNDING).round() * ROUNDING
     if "process_log_prob" in line and "ref_log_prob" in line:
         values["prm_log_ratio"] = line["process_log_prob"] - line["ref_log_prob"]
     if "answer_log_prob" in line:
@@ -254,7 +254,7 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
 
 def speaks(scorer: str, by_step: ByStep) -> bool:
     """Whether these dumps have it, and it is not 0 everywhere, as the step term of GRPO is."""
-    return any(np.abs(steps.scores[scorer]).max(initial=0) > SILENT for steps in by_step.values())
+    return any(np.any(steps.scores[scorer]) for steps in by_step.values())
 
 
 def table(rows: dict[int, dict[str, tuple]], by_step: ByStep, scorers: list[str]) -> str:
