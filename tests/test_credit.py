@@ -192,6 +192,22 @@ def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
     assert [*row] == ["step", "steps", "log-prob", "entropy"]
 
 
+def test_rounding_of_the_dumped_advantages_is_no_step_term(tmp_path):
+    """At the first step policy and reference are equal, and training's advantages are float32."""
+    first = traced(LINES[G:], 0)
+    for line in first:
+        line["ref_log_prob"] = line["log_prob"]
+    for start in range(0, len(first), G):
+        for line, values in zip(first[start : start + G], terms(first[start : start + G]), strict=True):
+            line["advantage"] = np.float32(values["outcome"]).tolist()
+    complete(tmp_path / "run", first, 0, step=1)
+    complete(tmp_path / "run", traced(LINES[G:], 1), 0, step=10)
+    rows = cells_of(credit.tables(credit.gathered([tmp_path]), None))
+    assert [row["step"] for row in rows] == ["1", "10", "1", "10"]
+    assert all(rows[0][name] == "0.50 [0.50, 0.50]" for name in ("log-ratio", "CPR", "MSA", "step term"))
+    assert rows[1]["step term"] != "0.50 [0.50, 0.50]" and rows[2]["step term"] == "-"
+
+
 def test_figures_are_drawn_for_both_tables(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for step in (1, 10):

@@ -212,7 +212,7 @@ def prepared(source: str, advantage: str, seed: int = 0, step: int = 1):
     batch = Batch.from_texts([[1]] * 2, ["b3+5=8;c8*2=6;d6-7=9;#9", "#9"], chain_tokenizer())
     batch = dataclasses.replace(batch, problems=(Problem(CHAIN, "9", "chain"),) * 2, group_size=2)
     policy = SimpleNamespace(tokenizer=chain_tokenizer())
-    return prepare.prepared(batch, None, {"policy": (policy, None)}, config, [], step)[0]
+    return prepare.prepared(batch, None, {"policy": (policy, None)}, config, [], step, None)[0]
 
 
 def test_every_run_of_a_task_with_a_trace_has_its_labels_and_luck_is_there_where_it_is_needed():

@@ -46,7 +46,7 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
-SILENT = 1e-4  # a step term that is nowhere larger is rounding: the inspector's tolerance
+ROUNDING = 1e-5  # of the advantages, which training computes in fp32
 
 
 def parser() -> Parser:
@@ -201,7 +201,7 @@ def add_line(steps: dict[str, Steps], line: dict, group: tuple[int, int]) -> Non
             if label >= 0:
                 steps["auc"].add(values, tokens, label == 1, group)
     if "value_after" in line:
-        gains = as_tensor(line["value_after"]) - as_tensor(line["value_before"])
+        gains = line["value_after"] - line["value_before"]
         for tokens in steps_of(line["step_id"]):
             if gains[tokens][0].isfinite():
                 steps["spearman"].add(values, tokens, gains[tokens][0].item(), group)
@@ -209,7 +209,7 @@ def add_line(steps: dict[str, Steps], line: dict, group: tuple[int, int]) -> Non
 
 def steps_of(numbers: torch.Tensor) -> Iterator[slice]:
     """The tokens of each step, from the number of every token's step; those below 0 belong to none."""
-    kinds, lengths = torch.unique_consecutive(as_tensor(numbers), return_counts=True)
+    kinds, lengths = torch.unique_consecutive(numbers, return_counts=True)
     end = 0
     for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
         end += length
@@ -220,16 +220,12 @@ def steps_of(numbers: torch.Tensor) -> Iterator[slice]:
 def token_values(line: dict) -> dict[str, torch.Tensor]:
     """What SCORERS read of the tokens of a response, as far as the dump has it."""
     values = {**line["values"], "log_prob": line["log_prob"], "entropy": line["entropy"]}
-    values["step_term"] = values["advantage"] - values["outcome"]
+    values["step_term"] = ((values["advantage"] - values["outcome"]) / ROUNDING).round() * ROUNDING
     if "process_log_prob" in line and "ref_log_prob" in line:
         values["prm_log_ratio"] = line["process_log_prob"] - line["ref_log_prob"]
     if "answer_log_prob" in line:
-        values["answer_log_ratio"] = as_tensor(line["answer_log_prob"]) - line["log_prob"]
+        values["answer_log_ratio"] = torch.as_tensor(line["answer_log_prob"]) - line["log_prob"]
     return values
-
-
-def as_tensor(values) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.float64)
 
 
 # --- tables and figures -------------------------------------------------------------------------------------------
@@ -254,7 +250,7 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
 
 def speaks(scorer: str, by_step: ByStep) -> bool:
     """Whether these dumps have it, and it is not 0 everywhere, as the step term of GRPO is."""
-    return any(np.abs(steps.scores[scorer]).max(initial=0) > SILENT for steps in by_step.values())
+    return any(np.any(steps.scores[scorer]) for steps in by_step.values())
 
 
 def table(rows: dict[int, dict[str, tuple]], by_step: ByStep, scorers: list[str]) -> str:

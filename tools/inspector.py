@@ -221,8 +221,7 @@ def known_values(line: dict) -> dict[str, torch.Tensor]:
     if "step_label" in line:
         values["verified"] = (line["step_label"] == 1).double() - (line["step_label"] == 0).double()
     if "value_after" in line:
-        before, after = (torch.as_tensor(line[name], dtype=torch.float64) for name in ("value_before", "value_after"))
-        values |= {"value_after": after, "value_gain": after - before}
+        values |= {"value_after": line["value_after"], "value_gain": line["value_after"] - line["value_before"]}
     return values
 
 
