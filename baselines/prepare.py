@@ -8,12 +8,22 @@ from dataclasses import replace
 
 import torch
 
-from baselines import needs, prime, steps, traces, values
+from baselines import answer, needs, prime, steps, traces, values
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
+from model import Policy
 from rewards import Grader
 from spro import Batch
 from tasks import TRACES
+from tasks.problem import Problem
+
+
+def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> None:
+    """Before anything runs: raises BadInput where the problems lack what the run's estimator needs.
+    All ranks call it.
+    """
+    if needs(config.algorithm.advantage, "answer"):
+        answer.require_answers(config, policy, problems)
 
 
 def prepared(
@@ -48,6 +58,8 @@ def prepared(
     if needed("luck"):
         luck = rng_for(config.seed, Draw.LUCK, step).random(len(learned))
         learned = replace(learned, luck=torch.from_numpy(luck))
+    if needed("answer"):
+        learned = answer.scored(policy, learned, config)
     if needed("prm"):
         once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
         log_probs, prm_metrics = prime.score_and_learn(
