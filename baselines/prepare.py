@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from baselines import answer, needs, prime, steps, traces, values
+from baselines import answer, needs, prime, prime_prefix, rto, steps, traces, values
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
 from model import Policy
@@ -16,6 +16,9 @@ from rewards import Grader
 from spro import Batch
 from tasks import TRACES
 from tasks.problem import Problem
+
+# What a PRM learns by, where it is not PRIME's cross-entropy
+PRM_LOSSES = {"prime_prefix": prime_prefix.prefix_loss, "rto": rto.pairwise_loss}
 
 
 def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> None:
@@ -62,8 +65,11 @@ def prepared(
         learned = answer.scored(policy, learned, config)
     if needed("prm"):
         once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
+        if algo.advantage == "rto":
+            once = rto.whole_groups(once, learned.group_size)
+        loss_on = PRM_LOSSES.get(algo.advantage, prime.cross_entropy_loss)
         log_probs, prm_metrics = prime.score_and_learn(
-            *trained["prm"], config, learned, scores, once
+            *trained["prm"], config, learned, scores, once, loss_on
         )
         learned = replace(learned, process_log_probs=log_probs)
         metrics |= prm_metrics
