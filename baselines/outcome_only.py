@@ -85,8 +85,10 @@ def lambda_grpo_advantage(batch, algo):
 
 def sharing_siblings(batch) -> torch.Tensor:
     """How many siblings have the same response up to and with each token, itself included. int64
-    [B, T]; at least 1.
+    [B, T]; at least 1. ValueError without `tokens`.
     """
+    if batch.tokens is None:
+        raise ValueError("lambda_grpo_advantage needs tokens in its batch")
     responses = by_group(batch.tokens[:, batch.prompt_length :], batch.group_size)
     alive = by_group(batch.mask, batch.group_size)
     counts = torch.zeros_like(responses)

@@ -22,6 +22,7 @@ from tasks.problem import Problem
 import chaos
 from conftest import finished, ran
 from helpers import PROMPTS, chat_tokenizer, slow_log_probs, tiny_model
+from test_inspect import page_of
 from test_prime import PARTS, PRIME, TEXTS, VERDICTS, log_probs_of, slow_sums_of
 from test_ranks import assert_alike
 from test_spro import (
@@ -343,6 +344,7 @@ def test_a_run_of_oppo_needs_no_reference_and_dumps_what_its_advantage_is_made_o
     change = (*PRIME, "algorithm.advantage=oppo", "algorithm.beta=1")
     finished(tmp_path / "run", warm, *change)
     rows = dumped(tmp_path / "run")
+    assert page_of(tmp_path / "run")["check"].startswith("✓")
     assert rows and "ref_log_prob" not in rows[0] and chaos.metrics(tmp_path / "run")[-1]["advantage/step_abs"] > 0
     for first in range(0, len(rows), 4):
         group, gains = rows[first : first + 4], []
@@ -372,12 +374,16 @@ def test_a_kill_and_two_processes_change_nothing(name, beta, warm, tmp_path):
     assert chaos.differences(one, again) == []
     finished(tmp_path / "two", *change, ranks=2)
     assert_alike(chaos.metrics(one), chaos.metrics(tmp_path / "two"))
+    assert page_of(one)["check"].startswith("✓")
     assert chaos.metrics(one)[-1]["prm/loss"] != chaos.metrics(one)[1]["prm/loss"]
 
 
-def test_prl_trains_with_the_steps_of_its_config(warm, tmp_path):
-    finished(tmp_path / "run", warm, *PRIME, "algorithm.advantage=prl", "algorithm.step_tokens=4")
-    assert {n for row in dumped(tmp_path / "run") for n in row["step_id"]} >= {0, 1}
+@pytest.mark.parametrize("name", ["prl", "lambda_grpo"])
+def test_the_inspector_recomputes_what_a_run_dumped(name, warm, tmp_path):
+    finished(tmp_path / "run", warm, *PRIME, f"algorithm.advantage={name}", "algorithm.step_tokens=4")
+    assert page_of(tmp_path / "run")["check"].startswith("✓")
+    if name == "prl":
+        assert {n for row in dumped(tmp_path / "run") for n in row["step_id"]} >= {0, 1}
 
 
 def test_an_ablation_config_of_each_trains_it():
