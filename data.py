@@ -9,7 +9,7 @@ import math
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -206,6 +206,30 @@ class TokenIds(Sequence):
         return TokenIds(self.rows[i]) if isinstance(i, slice) else self.rows[i].tolist()
 
 
+def encoded(
+    problems: list[Problem], tokenizer, chat_template: bool = True
+) -> Iterator[tuple[bool, array | None]]:
+    """Of each problem, in their order: whether it holds control tokens, and its prompt's ids, None
+    where there is no way to read those as text. The ranks share the work, and each gets all.
+    """
+    chat = chat_template and bool(tokenizer.chat_template)
+    control = ControlTokens(tokenizer, chat)
+
+    def encode(part: list[Problem]) -> list[tuple[bool, array | None]]:
+        texts = [prompt_text(problem, tokenizer, chat) for problem in part]
+        found = []
+        for problem, ids in zip(
+            part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True
+        ):
+            is_held = control.are_in(problem)
+            ids = control.ids_as_text(problem) if is_held else ids
+            found.append((is_held, None if ids is None else array("i", ids)))
+        return found
+
+    for start in range(0, len(problems), AT_ONCE):
+        yield from map_over_ranks(encode, problems[start : start + AT_ONCE])
+
+
 def encode_prompts(
     problems: list[Problem],
     tokenizer,
@@ -220,33 +244,17 @@ def encode_prompts(
     token then. Control tokens in a problem's text are text. From `known_ids` on the model has no
     embedding: BadInput.
     """
-    chat = chat_template and bool(tokenizer.chat_template)
-    control = ControlTokens(tokenizer, chat)
-
-    def encode(part: list[Problem]) -> list[tuple[bool, array | None]]:
-        """Of each problem: whether it holds control tokens, and its ids, if there is a way."""
-        texts = [prompt_text(problem, tokenizer, chat) for problem in part]
-        encoded = []
-        for problem, ids in zip(
-            part, tokenizer(texts, add_special_tokens=not chat).input_ids, strict=True
-        ):
-            is_held = control.are_in(problem)
-            ids = control.ids_as_text(problem) if is_held else ids
-            encoded.append((is_held, None if ids is None else array("i", ids)))
-        return encoded
-
     fitting, rows = [], []
     as_text = unsound = 0
-    for start in range(0, len(problems), AT_ONCE):
-        part = problems[start : start + AT_ONCE]
-        for problem, (is_held, ids) in zip(part, map_over_ranks(encode, part), strict=True):
-            as_text += is_held
-            if ids is None:
-                unsound += 1
-            elif len(ids) <= limit:
-                require_known(ids, known_ids, tokenizer)
-                fitting.append(problem)
-                rows.append(ids)
+    pairs = zip(problems, encoded(problems, tokenizer, chat_template), strict=True)
+    for problem, (is_held, ids) in pairs:
+        as_text += is_held
+        if ids is None:
+            unsound += 1
+        elif len(ids) <= limit:
+            require_known(ids, known_ids, tokenizer)
+            fitting.append(problem)
+            rows.append(ids)
     say_left_out(len(problems), len(fitting), as_text, unsound, limit)
     return fitting, TokenIds(rows)
 

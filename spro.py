@@ -34,6 +34,7 @@ PROCESS_DTYPES = ("tf32", "float32", "bfloat16")
 NEEDED_FIELDS = {  # what an estimator says it needs -> a field that its batch must have
     "reference": "ref_log_probs",
     "steps": "step_ids",
+    "answer": "answer_log_probs",
     "trace": "step_labels",
     "luck": "luck",
     "values": "values_before",
@@ -151,9 +152,9 @@ def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
     needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "steps"
-    (step_ids), "values" (values_before and values_after, see baselines/values.py), "trace"
-    (step_labels, trace_ids), "luck". `additive`: whether it is the sum of an outcome term and a
-    step term, which are then logged apart.
+    (step_ids), "answer" (answer_log_probs, see baselines/answer.py), "values" (values_before and
+    values_after, see baselines/values.py), "trace" (step_labels, trace_ids), "luck". `additive`:
+    whether it is the sum of an outcome term and a step term, which are then logged apart.
 
     What all estimators have in common is done here once: no gradient flows into an advantage,
     masked tokens have none, and a batch that lacks what is needed is a ValueError.
@@ -389,6 +390,7 @@ class Batch:
     luck: Tensor | None = per_row()  # uniform in [0, 1)
     values_before: Tensor | None = per_step()  # chance of success at the start of a token's step
     values_after: Tensor | None = per_step()  # ... and at its end
+    answer_log_probs: Tensor | None = per_step()  # of the policy, behind a prompt with the answer
     advantages: Tensor | None = per_step()
     # 5. Update
     weights: Tensor | None = per_step()  # float64, in the optimizer step; 0 where masked

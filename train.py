@@ -31,7 +31,7 @@ import sample
 import spro
 import tasks
 from baselines import against_reference, diagnostics, prime, supervised
-from baselines.prepare import prepared
+from baselines.prepare import prepared, require_what_is_needed
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
 from baselines.values import ValuesConfig
@@ -456,6 +456,7 @@ def main() -> None:
     limits = (longest, config.data.chat_template, policy.known_ids)
     train_set = data.encode_prompts(train_problems, policy.tokenizer, *limits)
     held_out_set = data.encode_prompts(held_out, policy.tokenizer, *limits)
+    require_what_is_needed(config, policy, train_set[0])
     taught = supervised.demonstrated(config, train_set, policy.tokenizer)
     eval_set = [part[: config.eval.prompts] for part in held_out_set]
     generation = sample.generation_settings(policy, config.sample).to_diff_dict()

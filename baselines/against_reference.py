@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+import baselines
 import model
 from model import Policy
 from spro import Batch
@@ -21,7 +22,8 @@ def finer_type(config, policy: Policy) -> str | None:
     if policy.dtype == torch.float32 or finer == "bfloat16":
         return None
     is_of_policy = config.needs_reference and config.reads_reference and not config.needs_prm
-    return finer if is_of_policy else None
+    reads_answer = baselines.needs(config.algorithm.advantage, "answer")
+    return finer if is_of_policy or reads_answer else None
 
 
 def scored(policy: Policy, reference: Policy | None, batch: Batch, config) -> Batch:

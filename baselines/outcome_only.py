@@ -2,7 +2,14 @@
 
 import torch
 
-from spro import at_least_fp32, by_group, centred_rewards, estimator, outcome_advantage
+from spro import (
+    at_least_fp32,
+    by_group,
+    centred_rewards,
+    estimator,
+    grpo_advantage,
+    outcome_advantage,
+)
 
 RANK_PENALTY = 0.25  # beta_rank of the unlikeliness reward, as its authors' code has it
 
@@ -61,3 +68,31 @@ def unlikeliness_advantage(batch, algo):
     return outcome_advantage(r - r * rank * (RANK_PENALTY / batch.group_size), batch.group_size)[
         :, None
     ]
+
+
+@estimator()
+def lambda_grpo_advantage(batch, algo):
+    """lambda-GRPO (arXiv 2509.21154, as its released code counts): GRPO's advantage over the number
+    of siblings that share the token and all before it, the response itself included.
+
+    The paper divides the token's loss. The surrogate, min(ratio x A, clip(ratio) x A), of A / n is
+    1 / n of that of A, so this is the same; and here a token's weight could not know siblings that
+    stand in other mini-batches. A KL term in the loss (kl_coef) keeps its weight; there it does
+    not.
+    """
+    return grpo_advantage(batch, algo) / sharing_siblings(batch)
+
+
+def sharing_siblings(batch) -> torch.Tensor:
+    """How many siblings have the same response up to and with each token, itself included. int64
+    [B, T]; at least 1. ValueError without `tokens`.
+    """
+    if batch.tokens is None:
+        raise ValueError("lambda_grpo_advantage needs tokens in its batch")
+    responses = by_group(batch.tokens[:, batch.prompt_length :], batch.group_size)
+    alive = by_group(batch.mask, batch.group_size)
+    counts = torch.zeros_like(responses)
+    for k in range(batch.group_size):  # one sibling at a time: [B, T] of memory
+        same = (responses == responses[:, k : k + 1]) & alive & alive[:, k : k + 1]
+        counts += same.cumprod(2)
+    return counts.clamp(min=1).flatten(0, 1)

@@ -8,12 +8,25 @@ from dataclasses import replace
 
 import torch
 
-from baselines import needs, prime, steps, traces, values
+from baselines import answer, needs, prime, prime_prefix, rto, steps, traces, values
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
+from model import Policy
 from rewards import Grader
 from spro import Batch
 from tasks import TRACES
+from tasks.problem import Problem
+
+# What a PRM learns by, where it is not PRIME's cross-entropy
+PRM_LOSSES = {"prime_prefix": prime_prefix.prefix_loss, "rto": rto.pairwise_loss}
+
+
+def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> None:
+    """Before anything runs: raises BadInput where the problems lack what the run's estimator needs.
+    All ranks call it.
+    """
+    if needs(config.algorithm.advantage, "answer"):
+        answer.require_answers(config, policy, problems)
 
 
 def prepared(
@@ -48,10 +61,15 @@ def prepared(
     if needed("luck"):
         luck = rng_for(config.seed, Draw.LUCK, step).random(len(learned))
         learned = replace(learned, luck=torch.from_numpy(luck))
+    if needed("answer"):
+        learned = answer.scored(policy, learned, config)
     if needed("prm"):
         once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
+        if algo.advantage == "rto":
+            once = rto.whole_groups(once, learned.group_size)
+        loss_on = PRM_LOSSES.get(algo.advantage, prime.cross_entropy_loss)
         log_probs, prm_metrics = prime.score_and_learn(
-            *trained["prm"], config, learned, scores, once
+            *trained["prm"], config, learned, scores, once, loss_on
         )
         learned = replace(learned, process_log_probs=log_probs)
         metrics |= prm_metrics

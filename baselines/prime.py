@@ -12,6 +12,7 @@ trains a model for it, and sums over the future.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,11 +144,28 @@ def ranking_accuracy(sums: torch.Tensor, verdicts: torch.Tensor, group_size: int
     return (0.5 + 0.5 * gap.sign())[better].double().mean().item() if better.any() else None
 
 
+# A part of a mini-batch's loss, in nats, of some of its rows: of their process rewards, 0 where
+# masked [n, T], their mask [n, T], and which rows they are [n]. The parts add up to the whole.
+PartialLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cross_entropy_loss(prm: Policy, config, batch: Batch, verdicts: torch.Tensor) -> PartialLoss:
+    """PRIME's loss on a mini-batch: the cross-entropy of sigmoid(sum of process rewards) and the
+    verdict, a mean over its responses.
+    """
+
+    def part(process_rewards, mask, rows):
+        logits = process_rewards.sum(1)
+        targets = verdicts[rows].to(logits)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
+
+    return part
+
+
 def prm_step(
-    prm: Policy, optimizer, config, batch: Batch, verdicts: torch.Tensor
+    prm: Policy, optimizer, config, batch: Batch, partial_loss: PartialLoss
 ) -> tuple[torch.Tensor, dict]:
-    """One PRM step on a mini-batch: cross-entropy in nats, a mean over its responses; verdicts [B]
-    in [0, 1].
+    """One PRM step on a mini-batch.
 
     -> the log-probs [B, T] that the PRM had before the step, and its metrics, {} where the step was
     refused.
@@ -158,9 +176,8 @@ def prm_step(
         new = token_log_probs(prm, part, config.sample.temperature).log_probs
         log_probs[rows, : new.shape[1]] = new.detach()[: len(rows)].cpu().float()
         process_rewards = process_reward(new, part.ref_log_probs, config.algorithm.beta)
-        logits = torch.where(part.mask, process_rewards, 0.0).sum(1)[: len(rows)]
-        targets = verdicts[rows].to(logits)
-        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
+        process_rewards = torch.where(part.mask, process_rewards, 0.0)
+        loss = partial_loss(process_rewards[: len(rows)], part.mask[: len(rows)], rows)
         # FSDP averages gradients over ranks, but ours are parts of one sum
         (loss * world_size()).backward()
         sums.add(loss)
@@ -180,21 +197,23 @@ def score_and_learn(
     batch: Batch,
     verdicts: torch.Tensor,
     mini_batches: list[torch.Tensor],
+    loss_on=cross_entropy_loss,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """PRM log-probs [B, T] of a step's responses, for the advantage, while the PRM takes a step on
     each mini-batch.
 
-    verdicts [B]; `mini_batches` are lists of rows, together all rows once. Returns metrics too; the
-    ranking accuracy is that of the scores before the respective step. Raises RunStopped where every
-    step was refused.
+    verdicts [B], in [0, 1]; `mini_batches` are lists of rows, together all rows once; `loss_on`: a
+    mini-batch -> its PartialLoss, as `cross_entropy_loss` does. Returns metrics too; the ranking
+    accuracy is that of the scores before the respective step. Raises RunStopped where every step
+    was refused.
     """
     metrics, steps = {}, []
     log_probs = torch.zeros(batch.mask.shape)
     with timed(metrics, "time/prm"):
         for rows in mini_batches:
-            log_probs[rows], step = prm_step(
-                prm, optimizer, config, batch.select(rows), verdicts[rows]
-            )
+            mini = batch.select(rows)
+            partial_loss = loss_on(prm, config, mini, verdicts[rows])
+            log_probs[rows], step = prm_step(prm, optimizer, config, mini, partial_loss)
             steps.append(step)
         rewards = process_reward(log_probs, batch.ref_log_probs, config.algorithm.beta)
         sums = torch.where(batch.mask, rewards, 0.0).sum(1)

@@ -118,7 +118,8 @@ def token_metrics(batch, outcome: torch.Tensor | None) -> dict[str, float]:
         metrics["kl/ref"] = (batch.policy_log_probs - batch.ref_log_probs)[live].mean().item()
     if outcome is not None:
         metrics["advantage/outcome_abs"] = outcome[live].abs().mean().item()
-    has_step_term = batch.ref_log_probs is not None or batch.values_before is not None
+    of_a_step = (batch.ref_log_probs, batch.answer_log_probs, batch.values_before)
+    has_step_term = any(x is not None for x in of_a_step)
     if outcome is not None and has_step_term:
         metrics["advantage/step_abs"] = (batch.advantages - outcome)[live].abs().mean().item()
     return metrics

@@ -37,6 +37,9 @@ ASK_FOR_BOX = (
 # What stands around the question, where it is not ASK_FOR_BOX. The second kind says it itself.
 PROMPTS = dict.fromkeys(("humaneval", "leetcode", "livecodebench"), ASK_FOR_PROGRAM)
 PROMPTS |= dict.fromkeys(("chain", "print", "words", "file", "eurus", "eurus_math"), "{question}")
+# What stands in front of a prompt where the model is told the answer, if it is not TELL_ANSWER
+TELL_ANSWER = "The answer to what follows is {answer}.\n\n"
+ANSWERS = {"chain": "#{answer};"}  # a task of 40 symbols, in which # is written before the answer
 
 
 def demonstrator(config):

@@ -41,7 +41,9 @@ def make_batch(seed=0, B=12, T=9):
     luck = torch.rand(B, generator=g).double()
     values = torch.rand(B, T + 1, generator=g).double()  # of the prefixes where a line begins and the last one ends
     before, after = values.gather(1, ids), values.gather(1, ids + 1)
+    tokens, told = torch.randint(2, (B, T), generator=g), torch.randn(B, T, generator=g).double()
     tensors = {"rewards": rewards, "pi": pi, "ref": ref, "old": old, "adv": adv, "mask": mask, "ids": ids, "w": w}
+    tensors |= {"tokens": tokens, "told": told}
     return SimpleNamespace(**tensors, trace=trace, labels=labels, luck=luck, before=before, after=after)
 
 
@@ -54,7 +56,8 @@ def change(batch, f):
 def batch_of(b, group_size=G):
     return spro.Batch(
         rewards=b.rewards, log_probs=b.pi, ref_log_probs=b.ref, mask=b.mask, step_ids=b.ids, step_labels=b.labels,
-        trace_ids=b.trace, luck=b.luck, values_before=b.before, values_after=b.after, group_size=group_size,
+        trace_ids=b.trace, luck=b.luck, values_before=b.before, values_after=b.after, tokens=b.tokens,
+        answer_log_probs=b.told, group_size=group_size,
     )  # fmt: skip
 
 
@@ -196,6 +199,16 @@ def slow_outcomes(rewards, log_probs):
     }
 
 
+def slow_lambda_grpo(b):
+    """GRPO's advantage over the number of siblings whose response begins with the same tokens."""
+    responses, outcome = ragged(b.tokens, b.mask), slow_outcome(b.rewards.tolist())
+
+    def sharing(i, t):
+        return sum(responses[k][: t + 1] == responses[i][: t + 1] for k in siblings(i))
+
+    return padded([[outcome[i] / sharing(i, t) for t in range(len(row))] for i, row in enumerate(responses)])
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("binary", [False, True], ids=["any reward", "right or wrong"])
 def test_baselines_and_ablations_match_loops_over_their_definitions(seed, binary):
@@ -207,13 +220,29 @@ def test_baselines_and_ablations_match_loops_over_their_definitions(seed, binary
     outcomes = slow_outcomes(rewards, ragged(b.pi, b.mask))
     steps = slow_step_terms(process, ragged(b.ids, b.mask), rewards)
     steps |= slow_value_terms(ragged(b.before, b.mask), ragged(b.after, b.mask))
-    assert outcomes.keys() == OUTCOME_ONLY and steps.keys() | outcomes.keys() | {"spro"} <= set(ESTIMATORS)
+    assert outcomes.keys() == OUTCOME_ONLY - {"lambda_grpo"}
+    assert steps.keys() | outcomes.keys() | {"spro"} <= set(ESTIMATORS)
     for name, expected in outcomes.items():
         rows = [[expected[i]] * len(row) for i, row in enumerate(process)]
         assert_equal(estimate(name, b), padded(rows))
     for name, expected in steps.items():
         outcome = [0.0] * 12 if name in ("msa_only", "vine") else outcomes["grpo"]
         assert_equal(estimate(name, b), padded([[outcome[i] + x for x in row] for i, row in enumerate(expected)]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lambda_grpo_divides_by_the_siblings_that_share_the_prefix(seed):
+    b = make_batch(seed)
+    b.tokens[1] = b.tokens[2]  # siblings whose whole common length is shared
+    assert_equal(estimate("lambda_grpo", b), slow_lambda_grpo(b))
+    assert len(set((estimate("grpo", b) / estimate("lambda_grpo", b))[b.mask].round().tolist())) > 2
+
+
+def test_dividing_an_advantage_is_dividing_its_tokens_weight():
+    """So lambda-GRPO, which weighs a token's loss, can be an estimator."""
+    b, n = make_batch(), 3.0
+    expected, _ = spro.policy_loss(b.pi, b.old, b.adv, b.w / n, LOW, HIGH)
+    assert_equal(spro.policy_loss(b.pi, b.old, b.adv / n, b.w, LOW, HIGH)[0], expected)
 
 
 def test_a_group_of_equal_rewards_moves_only_what_has_no_baseline_of_outcomes():
@@ -271,6 +300,7 @@ def test_the_outcome_term_is_the_advantage_without_log_ratios_and_changes_of_val
     b = make_batch()
     algo, silent = spro.AlgorithmConfig(beta=BETA), make_batch()
     silent.ref, silent.after = silent.pi, silent.before
+    silent.told = silent.pi
     for name in ESTIMATORS:
         outcome = baselines.outcome_term(name, dataclasses.replace(batch_of(b), process_log_probs=b.old), algo)
         is_sum = name not in ("prime_released", "oracle", "random_blame")
@@ -418,6 +448,7 @@ def test_padding_changes_nothing_whatever_it_holds_and_however_long(name, value)
     dirty = change(b, lambda x: x.masked_fill(~b.mask, value) if x.ndim == 2 else x)
     dirty.w, dirty.ids = b.w, b.ids.masked_fill(~b.mask, 10**9)  # weight 0 is what tells the loss of padding
     dirty.labels, dirty.trace = b.labels.masked_fill(~b.mask, 0), b.trace.masked_fill(~b.mask, 10**9)
+    dirty.tokens = b.tokens.masked_fill(~b.mask, 10**9)
     clean = CALLS[name](b)
     assert clean.isfinite().all() and torch.equal(CALLS[name](dirty), clean)
     wide = {k: torch.cat([x, x[:, -2:]], 1) if x.ndim == 2 else x for k, x in vars(dirty).items()}
@@ -470,24 +501,25 @@ def test_advantages_are_detached(name):
 
 
 class Tabular:
-    """A policy of one row of logits per prefix, vocabulary 3, at most 3 tokens, and every group it can sample.
+    """A policy of one row of logits per prefix, and every group it can sample.
 
-    15 responses if token 0 stops, else 27. Ordered groups of G responses, each weighted by its probability: siblings
-    are independent draws. All expectations are exact sums.
+    With 3 symbols and at most 3 tokens 15 responses if token 0 stops, else 27. Ordered groups of G responses, each
+    weighted by its probability: siblings are independent draws. All expectations are exact sums.
     """
 
-    def __init__(self, group_size, stop=False):
-        sequences = itertools.product(range(3), repeat=3)
+    def __init__(self, group_size, stop=False, vocabulary=3, length=3, seed=None):
+        steps = range(length)
+        sequences = itertools.product(range(vocabulary), repeat=length)
         responses = sorted({r[: r.index(0) + 1] if stop and 0 in r else r for r in sequences})
         self.states = sorted({r[:t] for r in responses for t in range(len(r))})
         self.number = {s: i for i, s in enumerate(self.states)}
-        self.mask = torch.tensor([[t < len(r) for t in range(3)] for r in responses])
-        self.state = torch.tensor([[self.number.get(r[:t], 0) for t in range(3)] for r in responses])
-        self.action = torch.tensor([[*r, 0, 0][:3] for r in responses])
-        g = torch.Generator().manual_seed(group_size)
-        theta, self.ref_theta = torch.randn(2, len(self.states), 3, generator=g).double()
+        self.mask = torch.tensor([[t < len(r) for t in steps] for r in responses])
+        self.state = torch.tensor([[self.number.get(r[:t], 0) for t in steps] for r in responses])
+        self.action = torch.tensor([[*r, *[0] * length][:length] for r in responses])
+        g = torch.Generator().manual_seed(group_size if seed is None else seed)
+        theta, self.ref_theta = torch.randn(2, len(self.states), vocabulary, generator=g).double()
         self.theta, self.rewards = theta.requires_grad_(), torch.rand(len(responses), generator=g).double()
-        self.group_size = group_size
+        self.group_size, self.tokens_per_step = group_size, 1
         self.groups = torch.cartesian_prod(*[torch.arange(len(responses))] * group_size)
         self.rows = self.groups.flatten()
         self.prob = torch.where(self.mask, self.log_probs(theta.detach()), 0.0).sum(1).exp()
@@ -500,13 +532,28 @@ class Tabular:
         """Of every row of every group."""
         old, ref = (self.log_probs(x)[self.rows] for x in (self.theta.detach(), ref_theta))
         batch = spro.Batch(
+            tokens=self.action[self.rows],
             rewards=self.rewards[self.rows],
             log_probs=old,
             ref_log_probs=ref,
             mask=self.mask[self.rows],
+            step_ids=torch.arange(self.mask.shape[1]).expand(len(self.rows), -1) // self.tokens_per_step,
+            answer_log_probs=self.told_log_probs()[self.rows],
             group_size=self.group_size,
         )
         return advantage(batch, spro.AlgorithmConfig(beta=BETA))
+
+    def told_log_probs(self):
+        """P(token | prefix, success) of the responses' tokens, where a response succeeds with the chance `rewards`.
+
+        What the policy says once it is told, if it knows what that means. Each chance is a sum over responses.
+        """
+        joint, told = self.prob * self.rewards, torch.zeros(self.mask.shape).double()
+        for i, t in self.mask.nonzero().tolist():
+            with_prefix = (self.state[:, t] == self.state[i, t]) & self.mask[:, t]
+            with_token = with_prefix & (self.action[:, t] == self.action[i, t])
+            told[i, t] = (joint[with_token].sum() / joint[with_prefix].sum()).log()
+        return told
 
     def expected_gradient(self, advantage, ref_theta=None):
         """Of the surrogate, on-policy and summed over tokens."""
@@ -518,10 +565,12 @@ class Tabular:
 
     def variance(self, advantage):
         """Trace of the covariance of one group's gradient estimate."""
-        score = torch.eye(3).double()[self.action] - self.theta.detach().softmax(1)[self.state]  # d log pi / d logits
+        symbols = self.theta.shape[1]
+        # d log pi / d logits
+        score = torch.eye(symbols).double()[self.action] - self.theta.detach().softmax(1)[self.state]
         pushes = self.advantages(advantage, self.ref_theta)[:, :, None] * score[self.rows] / self.group_size
         of_group = torch.arange(len(self.groups)).repeat_interleave(self.group_size)
-        gradient = torch.zeros(len(self.groups), len(self.states), 3).double()
+        gradient = torch.zeros(len(self.groups), len(self.states), symbols).double()
         gradient.index_put_((of_group[:, None], self.state[self.rows]), pushes, accumulate=True)
         mean = torch.einsum("g,gsa->sa", self.group_prob, gradient)
         torch.testing.assert_close(mean, self.expected_gradient(advantage), rtol=0, atol=1e-12)

@@ -174,6 +174,8 @@ def batch_of(kept: list[dict], group_size: int) -> Batch:
     }
     if "step_ids" in per_token:
         per_token["step_ids"] = per_token["step_ids"].long()
+    if "id" in kept[0]:  # the responses' own, behind no prompt
+        per_token["tokens"] = pad_sequence([torch.tensor(line["id"]) for line in kept], True)
     rewards = torch.tensor([line["reward"] for line in kept], dtype=torch.float64)
     texts = tuple(line["text"] for line in kept)
     return Batch(mask=mask, rewards=rewards, texts=texts, group_size=group_size, **per_token)
