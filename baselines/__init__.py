@@ -10,16 +10,7 @@ from dataclasses import replace
 import torch
 
 import spro
-from baselines import (
-    ablations,
-    oracle,
-    outcome_only,
-    prime,
-    prime_prefix,
-    relatives,
-    rto,
-    values,
-)
+from baselines import ablations, oracle, outcome_only, prime, prime_prefix, relatives, rto, values
 from spro import AlgorithmConfig, Batch
 from tasks import TRACES
 
@@ -36,16 +27,7 @@ def estimators_in(module) -> dict:
 
 ADVANTAGES = spro.ADVANTAGES | {
     name: function
-    for module in (
-        outcome_only,
-        ablations,
-        relatives,
-        prime,
-        prime_prefix,
-        rto,
-        values,
-        oracle,
-    )
+    for module in (outcome_only, ablations, relatives, prime, prime_prefix, rto, values, oracle)
     for name, function in estimators_in(module).items()
 }
 

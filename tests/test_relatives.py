@@ -193,6 +193,7 @@ def config_of(name: str, beta: float, micro_batch_tokens: int = 1000) -> train.C
 def stepped(name: str, rollout, beta: float, parts, micro_batch_tokens: int = 1000) -> tuple:
     """(gradients of the last PRM step, metrics) of a PRM that starts as `tiny_model`, by way of `prepared`."""
     config, prm, gradients = config_of(name, beta, micro_batch_tokens), tiny_model(), {}
+    config.data.source = "file"  # whose steps nothing verifies
     optimizer = model.make_optimizer(prm, config.train, config.prime.learning_rate)
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in prm.named_parameters() if p.grad is not None})

@@ -224,7 +224,7 @@ def token_values(line: dict) -> dict[str, torch.Tensor]:
     if "process_log_prob" in line and "ref_log_prob" in line:
         values["prm_log_ratio"] = line["process_log_prob"] - line["ref_log_prob"]
     if "answer_log_prob" in line:
-        values["answer_log_ratio"] = torch.as_tensor(line["answer_log_prob"]) - line["log_prob"]
+        values["answer_log_ratio"] = line["answer_log_prob"] - line["log_prob"]
     return values
 
 
