@@ -92,7 +92,7 @@ def test_without_fsdp_or_in_fp32_nothing_is_switched():
         assert all(a.equal(b) for a, b in zip(again, plain, strict=True))
 
 
-def test_only_estimators_that_read_the_reference_themselves_are_scored_in_a_finer_type():
+def test_only_estimators_that_read_a_log_ratio_of_the_policy_are_scored_in_a_finer_type():
     policy = tiny_model()
     config = train.Config()
     assert finer_type(config, policy) is None  # fp32 throughout
@@ -101,6 +101,7 @@ def test_only_estimators_that_read_the_reference_themselves_are_scored_in_a_fine
     for name in baselines.ADVANTAGES:
         config.algorithm.advantage = name
         reads = baselines.needs(name, "reference") and not baselines.needs(name, "prm")
+        reads = reads or baselines.needs(name, "answer")
         assert finer_type(config, policy) == ("tf32" if reads else None), name
     config.algorithm.advantage = "spro"
     for given, expected in (("float32", "float32"), ("bfloat16", None)):

@@ -123,14 +123,17 @@ def test_gradients_with_shared_prompts_are_those_of_whole_rows(policy, prompts):
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> list[str]:
-    """Two steps on eight responses each; that are rewarded for being short, so that there is something to learn."""
+def rows(tmp_path_factory) -> Path:
     ask = ["What is 3 + 4? Answer in one sentence, with the number in \\boxed{}.", "What is 🌊?", "Name a colour."]
-    rows = [{"prompt": question, "reference": "7", "grader": "number"} for question in ask]
-    file = jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+    problems = [{"prompt": question, "reference": "7", "grader": "number"} for question in ask]
+    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", problems)
+
+
+def arguments(model: Path, rows: Path) -> list[str]:
+    """Two steps on eight responses each; that are rewarded for being short, so that there is something to learn."""
     return [
-        *(str(chaos.ROOT / "configs" / "tiny.yaml"), f"model.path={FOLDER}", "model.scratch={}"),
-        *("data.source=file", f"data.path={file}", "data.train_size=0", "data.held_out_size=1", "data.min_steps=1"),
+        *(str(chaos.ROOT / "configs" / "tiny.yaml"), f"model.path={model}", "model.scratch={}"),
+        *("data.source=file", f"data.path={rows}", "data.train_size=0", "data.held_out_size=1", "data.min_steps=1"),
         *("eval.prompts=1", "eval.every=2", "sample.max_new_tokens=10", "sample.group_size=4"),
         *("train.steps=2", "train.prompts_per_step=2", "train.mini_batch_size=8", "train.micro_batch_tokens=256"),
         *("train.learning_rate=1e-5", "train.keep_checkpoints=1", "train.save_every=2", "train.dump_every=1"),
@@ -147,10 +150,10 @@ def ran(folder: Path, arguments: list[str], *more, ranks: int = 1, **spec) -> in
 
 
 @pytest.fixture(scope="module")
-def run(arguments, tmp_path_factory):
+def run(rows, tmp_path_factory):
     """A run on one process, without its checkpoint, which has 1.6 GB."""
     folder = tmp_path_factory.mktemp("smollm2") / "run"
-    assert ran(folder, arguments) == 0, folder.with_name("run.log").read_text()
+    assert ran(folder, arguments(FOLDER, rows)) == 0, folder.with_name("run.log").read_text()
     shutil.rmtree(folder / "checkpoints")
     yield folder
     shutil.rmtree(folder)
@@ -184,23 +187,44 @@ def test_the_inspector_shows_a_run_as_it_was_written(run):
         assert all(word in done.stdout for word in re.findall("[A-Za-z]+", line["text"]))
 
 
-def test_a_run_killed_in_its_second_step_ends_as_if_nothing_had_been(run, arguments, tmp_path):
-    again = (*arguments, "train.save_every=1", "resume=true")
+# --- runs of its first layers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shallow(rows, tmp_path_factory) -> list[str]:
+    """Arguments of a run of the first five layers of thirty: a kill and two processes are no matter of depth.
+
+    What these write is no language, and does not end: "a" ends it.
+    """
+    folder = tmp_path_factory.mktemp("shallow") / "model"
+    AutoModelForCausalLM.from_pretrained(FOLDER, num_hidden_layers=5).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(folder)
+    return [*arguments(folder, rows), "sample.stop=[a]"]
+
+
+@pytest.fixture(scope="module")
+def shallow_run(shallow, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shallow") / "run"
+    assert ran(folder, shallow) == 0, folder.with_name("run.log").read_text()
+    assert all(row["grad_norm"] > 0.1 for row in chaos.metrics(folder)[1:])
+    return folder
+
+
+def test_a_run_killed_in_its_second_step_ends_as_if_nothing_had_been(shallow_run, shallow, tmp_path):
+    again = (*shallow, "train.save_every=1", "resume=true")
     assert ran(tmp_path / "run", [*again], on="backward", step=2, does="kill") == -9
     assert ran(tmp_path / "run", [*again]) == 0, (tmp_path / "run.log").read_text()
     assert "going on after step 1" in (tmp_path / "run.log").read_text()
-    assert chaos.differences(run, tmp_path / "run") == []
-    shutil.rmtree(tmp_path / "run")
+    assert chaos.differences(shallow_run, tmp_path / "run") == []
 
 
-def test_two_processes_have_the_metrics_of_one(run, arguments, tmp_path):
+def test_two_processes_have_the_metrics_of_one(shallow_run, shallow, tmp_path):
     """One step. A process samples its own rows alone, which rounds otherwise: about one token in a thousand flips."""
-    code = ran(tmp_path / "run", arguments, "train.steps=1", ranks=2)
+    code = ran(tmp_path / "run", shallow, "train.steps=1", ranks=2)
     assert code == 0, (tmp_path / "run.log").read_text()
-    one, two = chaos.metrics(run)[:2], chaos.metrics(tmp_path / "run")
+    one, two = chaos.metrics(shallow_run)[:2], chaos.metrics(tmp_path / "run")
     two[1] = {key: value for key, value in two[1].items() if not key.startswith("eval/")}  # of its last step
-    pairs = zip(dumped(run, 1), dumped(tmp_path / "run", 1), strict=True)
-    shutil.rmtree(tmp_path / "run")
+    pairs = zip(dumped(shallow_run, 1), dumped(tmp_path / "run", 1), strict=True)
     flipped = sum(here["id"] != there["id"] for here, there in pairs)
     assert flipped <= 1
     if flipped:

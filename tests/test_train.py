@@ -125,6 +125,7 @@ def test_samples_hold_every_response_with_a_value_per_token(tiny_run):
     rows = [json.loads(line) for line in (tiny_run[0] / "samples" / "step_000005.jsonl").read_text().splitlines()]
     assert [row["group"] for row in rows] == [group for group in range(4) for _ in range(4)]
     per_token = ("id", "token_text", "log_prob", "ref_log_prob", "sampler_log_prob", "entropy", "advantage")
+    per_token += ("step_label", "trace_id")  # the chain task verifies its steps
     for row in rows:
         assert len({len(row[name]) for name in per_token}) == 1
         per_response = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group")
@@ -412,5 +413,7 @@ def test_all_named_estimators_run_on_a_batch_of_no_responses():
     nothing, mask = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool)
     batch = Batch(rewards=torch.zeros(0), log_probs=nothing, ref_log_probs=nothing, mask=mask, group_size=4)
     batch = replace(batch, step_ids=nothing.long(), values_before=nothing, values_after=nothing)
+    batch = replace(batch, step_labels=nothing.char(), trace_ids=nothing.long(), luck=torch.zeros(0))
+    batch = replace(batch, tokens=torch.zeros(0, 2).long(), attention_mask=mask.repeat(1, 2), answer_log_probs=nothing)
     for name in ADVANTAGES:
         assert advantage(name, batch, train.AlgorithmConfig()).shape == (0, 1)
