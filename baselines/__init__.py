@@ -77,6 +77,11 @@ def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor
     return advantage(name, silent, algo)
 
 
+def learns_beside(name: str) -> str | None:
+    """The model that learns beside the policy for an estimator: "prm" or none."""
+    return "prm" if needs(name, "prm") else None
+
+
 def needs(name: str, what: str) -> bool:
     """Whether the estimator needs `what`: the words are in spro.estimator."""
     return what in getattr(ADVANTAGES[name], "needs", ())

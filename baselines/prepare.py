@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from baselines import answer, needs, prime, prime_prefix, rto, steps, traces, values
+from baselines.beside import load_beside
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
 from model import Policy
@@ -27,6 +28,15 @@ def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> N
     """
     if needs(config.algorithm.advantage, "answer"):
         answer.require_answers(config, policy, problems)
+
+
+def models_beside(config, path, device: torch.device) -> dict:
+    """{name: (model, optimizer)} of what learns beside the policy, sharded; of most estimators
+    nothing does. `path`: of the model that the policy starts from.
+    """
+    if config.learns_beside == "prm":
+        return {"prm": load_beside(path, config, device, config.prime.learning_rate)}
+    return {}
 
 
 def prepared(
@@ -63,8 +73,8 @@ def prepared(
         learned = replace(learned, luck=torch.from_numpy(luck))
     if needed("answer"):
         learned = answer.scored(policy, learned, config)
+    once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
     if needed("prm"):
-        once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
         if algo.advantage == "rto":
             once = rto.whole_groups(once, learned.group_size)
         loss_on = PRM_LOSSES.get(algo.advantage, prime.cross_entropy_loss)
