@@ -31,6 +31,7 @@ import sample
 import spro
 import tasks
 from baselines import against_reference, diagnostics, supervised
+from baselines.critic import CriticConfig
 from baselines.prepare import models_beside, prepared, require_what_is_needed
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
@@ -68,7 +69,7 @@ class TrainConfig(WarmStartConfig):  # and with it train.warm_start_*
         warm_start=True,
         rounds=True,
         lowers=dict.fromkeys(
-            ("warm_start", "log_probs", "prm", "update"), "lower train.micro_batch_tokens"
+            ("warm_start", "log_probs", "prm", "critic", "update"), "lower train.micro_batch_tokens"
         ),
     )
     old_log_probs: str = knob(
@@ -115,6 +116,7 @@ class Config(Block):
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     prime: PrimeConfig = field(default_factory=PrimeConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     values: ValuesConfig = field(default_factory=ValuesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -188,7 +190,7 @@ class Config(Block):
 def train(
     config: Config, folder: Path, trained, reference, grader, train_set, eval_set, state: dict
 ) -> None:
-    """The loop. `trained` holds (Policy, optimizer) by name: "policy", maybe "prm".
+    """The loop. `trained` holds (Policy, optimizer) by name: "policy", maybe "prm" or "critic".
 
     `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
     """

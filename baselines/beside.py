@@ -1,5 +1,5 @@
 """A second model that learns beside the policy, one optimizer step on each mini-batch of an RL
-step's responses: PRIME's PRM.
+step's responses: PRIME's PRM, PPO's critic.
 
 It starts where policy and reference start. It is sharded, and kept in checkpoints, as the policy
 is.

@@ -36,7 +36,7 @@ class Work:
     tokens_per_row: int  # of the longest prompt and a full-length response
     trained_tokens: int  # of a micro-batch
     has_reference: bool
-    learns_beside: bool = False  # a PRM
+    learns_beside: bool = False  # a PRM or a critic
     repeats_heads: bool = False  # whether decoding copies grouped keys and values for every head
 
 
@@ -65,7 +65,7 @@ def memory_plan(
         "reference, fp32, sharded": 4 * n / split
         if work.has_reference and not settings.offload_reference
         else 0,
-        "PRM and its moments, fp32, sharded": 12 * n / split
+        "PRM or critic, and moments, fp32, sharded": 12 * n / split
         if work.learns_beside
         else 0,  # its gradients go first
     }
