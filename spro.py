@@ -38,6 +38,8 @@ NEEDED_FIELDS = {  # what an estimator says it needs -> a field that its batch m
     "trace": "step_labels",
     "luck": "luck",
     "values": "values_before",
+    "critic": "critic_values",
+    "truncated": "truncated",
 }
 MAX_LOG_RATIO = 20.0  # one runaway token must not overflow: inf x 0 would be NaN for the whole step
 KL_ESTIMATORS = {  # of KL(policy || reference), from d = log policy - log reference of the token
@@ -66,6 +68,7 @@ class AlgorithmConfig:
     )
     line_end: str = _knob("\n", "text that ends a line, the step of estimators that have steps")
     step_tokens: int = _knob(0, "a step is so many tokens; 0: a line")
+    gae_lambda: float = _knob(1.0, "lambda of GAE, for ppo and egae; 1: reward minus value")
 
     def __post_init__(self):
         low, high = self.keep_accuracy
@@ -92,6 +95,8 @@ class AlgorithmConfig:
             raise ValueError("line_end is empty: give the text that ends a line")
         if self.step_tokens < 0:
             raise ValueError(f"step_tokens={self.step_tokens}: give a number of tokens, or 0")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
 
 
 # --- reward -> advantage (Eq. 6 to 13) ------------------------------------------------------------
@@ -151,10 +156,8 @@ def masked_step_advantage(cpr: Tensor, mask: Tensor, group_size: int) -> Tensor:
 def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
-    needs: "reference" (ref_log_probs), "prm" (process_log_probs, see baselines/prime.py), "steps"
-    (step_ids), "answer" (answer_log_probs, see baselines/answer.py), "values" (values_before and
-    values_after, see baselines/values.py), "trace" (step_labels, trace_ids), "luck". `additive`:
-    whether it is the sum of an outcome term and a step term, which are then logged apart.
+    needs: of NEEDED_FIELDS, or "prm"; docs/estimators.md says what each brings. `additive`: whether
+    it is the sum of an outcome term and a step term, which are then logged apart.
 
     What all estimators have in common is done here once: no gradient flows into an advantage,
     masked tokens have none, and a batch that lacks what is needed is a ValueError.
@@ -391,6 +394,7 @@ class Batch:
     values_before: Tensor | None = per_step()  # chance of success at the start of a token's step
     values_after: Tensor | None = per_step()  # ... and at its end
     answer_log_probs: Tensor | None = per_step()  # of the policy, behind a prompt with the answer
+    critic_values: Tensor | None = per_step()  # a critic's, of the state before each token
     advantages: Tensor | None = per_step()
     # 5. Update
     weights: Tensor | None = per_step()  # float64, in the optimizer step; 0 where masked

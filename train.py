@@ -30,8 +30,9 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import against_reference, diagnostics, prime, supervised
-from baselines.prepare import prepared, require_what_is_needed
+from baselines import against_reference, diagnostics, supervised
+from baselines.critic import CriticConfig
+from baselines.prepare import models_beside, prepared, require_what_is_needed
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
 from baselines.values import ValuesConfig
@@ -68,7 +69,7 @@ class TrainConfig(WarmStartConfig):  # and with it train.warm_start_*
         warm_start=True,
         rounds=True,
         lowers=dict.fromkeys(
-            ("warm_start", "log_probs", "prm", "update"), "lower train.micro_batch_tokens"
+            ("warm_start", "log_probs", "prm", "critic", "update"), "lower train.micro_batch_tokens"
         ),
     )
     old_log_probs: str = knob(
@@ -115,6 +116,7 @@ class Config(Block):
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     prime: PrimeConfig = field(default_factory=PrimeConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     values: ValuesConfig = field(default_factory=ValuesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -153,7 +155,7 @@ class Config(Block):
                 f"reward.overlong_buffer={self.reward.overlong_buffer} > "
                 f"sample.max_new_tokens={s.max_new_tokens}: every response would be penalized"
             )
-        if self.needs_prm and a.beta <= 0:
+        if self.learns_beside == "prm" and a.beta <= 0:
             raise ValueError(
                 f"algorithm.advantage={a.advantage} needs algorithm.beta above 0 to learn by"
             )
@@ -169,8 +171,8 @@ class Config(Block):
         return baselines.needs(self.algorithm.advantage, "reference")
 
     @property
-    def needs_prm(self) -> bool:
-        return baselines.needs(self.algorithm.advantage, "prm")
+    def learns_beside(self) -> str | None:
+        return baselines.learns_beside(self.algorithm.advantage)
 
     @property
     def needs_values(self) -> bool:
@@ -188,7 +190,7 @@ class Config(Block):
 def train(
     config: Config, folder: Path, trained, reference, grader, train_set, eval_set, state: dict
 ) -> None:
-    """The loop. `trained` holds (Policy, optimizer) by name: "policy", and with PRIME "prm".
+    """The loop. `trained` holds (Policy, optimizer) by name: "policy", maybe "prm" or "critic".
 
     `state` is what a checkpoint holds besides tensors; it moves on at the end of a step.
     """
@@ -476,8 +478,7 @@ def main() -> None:
     config.sample.batch_tokens = together  # the run folder keeps what was asked
     policy, reference, start_hash = supervised.start_models(config, folder, device, policy, taught)
     trained = {"policy": (policy, model.make_optimizer(policy, config.train))}
-    if config.needs_prm:
-        trained["prm"] = prime.load_prm(supervised.start_path(config, folder), config, device)
+    trained |= models_beside(config, supervised.start_path(config, folder), device)
     problems = {"training": problems_hash(train_set[0]), "held-out": problems_hash(held_out_set[0])}
     state = checkpoints.resume(config.resume, folder, trained, start_hash, problems)
     if state["step"] >= config.train.steps and (folder / "model").exists():

@@ -1,5 +1,5 @@
-"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, others that read
-log-ratios, sampled values, an oracle.
+"""What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, PPO, others that
+read log-ratios, sampled values, an oracle.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -10,7 +10,17 @@ from dataclasses import replace
 import torch
 
 import spro
-from baselines import ablations, oracle, outcome_only, prime, prime_prefix, relatives, rto, values
+from baselines import (
+    ablations,
+    critic,
+    oracle,
+    outcome_only,
+    prime,
+    prime_prefix,
+    relatives,
+    rto,
+    values,
+)
 from spro import AlgorithmConfig, Batch
 from tasks import TRACES
 
@@ -27,7 +37,17 @@ def estimators_in(module) -> dict:
 
 ADVANTAGES = spro.ADVANTAGES | {
     name: function
-    for module in (outcome_only, ablations, relatives, prime, prime_prefix, rto, values, oracle)
+    for module in (
+        outcome_only,
+        ablations,
+        relatives,
+        prime,
+        prime_prefix,
+        rto,
+        critic,
+        values,
+        oracle,
+    )
     for name, function in estimators_in(module).items()
 }
 
@@ -75,6 +95,11 @@ def outcome_term(name: str, batch: Batch, algo: AlgorithmConfig) -> torch.Tensor
     silent = replace(batch, ref_log_probs=same, answer_log_probs=same, process_log_probs=None)
     silent = replace(silent, values_after=batch.values_before)
     return advantage(name, silent, algo)
+
+
+def learns_beside(name: str) -> str | None:
+    """The model that learns beside the policy for an estimator: "prm", "critic" or none."""
+    return next((model for model in ("prm", "critic") if needs(name, model)), None)
 
 
 def needs(name: str, what: str) -> bool:

@@ -21,7 +21,7 @@ def finer_type(config, policy: Policy) -> str | None:
     finer = config.algorithm.process_dtype
     if policy.dtype == torch.float32 or finer == "bfloat16":
         return None
-    is_of_policy = config.needs_reference and config.reads_reference and not config.needs_prm
+    is_of_policy = config.needs_reference and config.reads_reference and not config.learns_beside
     reads_answer = baselines.needs(config.algorithm.advantage, "answer")
     return finer if is_of_policy or reads_answer else None
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from baselines import answer, needs, prime, prime_prefix, rto, steps, traces, values
+from baselines import answer, critic, needs, prime, prime_prefix, rto, steps, traces, values
+from baselines.beside import load_beside
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
 from model import Policy
@@ -27,6 +28,17 @@ def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> N
     """
     if needs(config.algorithm.advantage, "answer"):
         answer.require_answers(config, policy, problems)
+
+
+def models_beside(config, path, device: torch.device) -> dict:
+    """{name: (model, optimizer)} of what learns beside the policy, sharded; of most estimators
+    nothing does. `path`: of the model that the policy starts from.
+    """
+    if config.learns_beside == "prm":
+        return {"prm": load_beside(path, config, device, config.prime.learning_rate)}
+    if config.learns_beside == "critic":
+        return {"critic": critic.load_critic(path, config, device)}
+    return {}
 
 
 def prepared(
@@ -63,16 +75,8 @@ def prepared(
         learned = replace(learned, luck=torch.from_numpy(luck))
     if needed("answer"):
         learned = answer.scored(policy, learned, config)
-    if needed("prm"):
-        once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
-        if algo.advantage == "rto":
-            once = rto.whole_groups(once, learned.group_size)
-        loss_on = PRM_LOSSES.get(algo.advantage, prime.cross_entropy_loss)
-        log_probs, prm_metrics = prime.score_and_learn(
-            *trained["prm"], config, learned, scores, once, loss_on
-        )
-        learned = replace(learned, process_log_probs=log_probs)
-        metrics |= prm_metrics
+    if config.learns_beside:
+        learned, metrics = taught(learned, scores, trained, config, mini_batches)
     if needed("values"):
         how = (config.values.continuations, config.sample, grader)
         key = (config.seed, Draw.CONTINUE, step)
@@ -83,3 +87,30 @@ def prepared(
         learned = replace(learned, values_before=before, values_after=after)
         metrics |= counts
     return learned, metrics
+
+
+def taught(
+    learned: Batch,
+    scores: torch.Tensor,
+    trained: dict,
+    config,
+    mini_batches: list[torch.Tensor],
+) -> tuple[Batch, dict[str, float]]:
+    """The batch with what the model beside the policy says of it while it learns from it, and the
+    metrics of that. Arguments as for `prepared`.
+    """
+    name = config.algorithm.advantage
+    once = mini_batches[: len(mini_batches) // config.train.epochs]  # each row once
+    if config.learns_beside == "critic":
+        # An estimator that reads `truncated` takes the reward of a cut response as unknown
+        cut = learned.truncated
+        ended = ~cut if needs(name, "truncated") else torch.ones_like(cut)
+        values, metrics = critic.value_and_learn(*trained["critic"], config, learned, ended, once)
+        return replace(learned, critic_values=values), metrics
+    if name == "rto":
+        once = rto.whole_groups(once, learned.group_size)
+    loss_on = PRM_LOSSES.get(name, prime.cross_entropy_loss)
+    log_probs, metrics = prime.score_and_learn(
+        *trained["prm"], config, learned, scores, once, loss_on
+    )
+    return replace(learned, process_log_probs=log_probs), metrics

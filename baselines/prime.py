@@ -11,26 +11,16 @@ scores every token. SPRO's process reward is the policy's own log-ratio, summed 
 trains a model for it, and sums over the future.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from baselines.beside import Pass, one_pass, step_metrics
 from infra.config import Block, knob
-from infra.errors import RunStopped
-from infra.metrics import StepSums, timed
-from infra.processes import all_reduce, world_size
-from infra.sharding import clip_gradients, is_split, shard
-from model import (
-    Policy,
-    batch_log_probs,
-    load,
-    make_optimizer,
-    micro_batches,
-    token_log_probs,
-)
+from infra.metrics import timed
+from model import Policy, batch_log_probs, token_log_probs
 from spro import AlgorithmConfig, Batch, at_least_fp32, by_group, estimator, process_reward
 
 MAX_GRAD_NORM = 10.0  # of the PRM: the released training script's
@@ -98,9 +88,17 @@ def prime_released_advantage(batch, algo):
         to_go(torch.where(mask, K / (K - 1) * log_ratio - baseline[:, None], 0.0)) / largest
     )
     returns = (rewards - mean_of_others(rewards, K))[:, None] + process_returns
-    live = returns[mask]
+    return whitened(returns, mask)
+
+
+def whitened(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(x - mean) / sqrt(unbiased variance + 1e-8), over all tokens of the batch. [B, T] -> [B, T].
+
+    verl's masked_whiten.
+    """
+    live = x[mask]
     variance = (live - live.mean()).square().sum() / max(1, len(live) - 1)
-    return (returns - live.mean()) * (variance + 1e-8).rsqrt()
+    return (x - live.mean()) * (variance + 1e-8).rsqrt()
 
 
 def to_go(rewards: torch.Tensor) -> torch.Tensor:
@@ -126,13 +124,6 @@ def process_rewards_and_means(batch: Batch, beta: float) -> tuple[torch.Tensor, 
 
 
 # --- the PRM learns -------------------------------------------------------------------------------
-
-
-def load_prm(path, config, device: torch.device) -> tuple[Policy, torch.optim.Optimizer]:
-    """(PRM, its optimizer), sharded, from the model that policy and reference start from."""
-    prm = load(path, config.model.attention, in_shares=is_split())
-    prm = shard(prm, config.model, device)
-    return prm, make_optimizer(prm, config.train, config.prime.learning_rate)
 
 
 def ranking_accuracy(sums: torch.Tensor, verdicts: torch.Tensor, group_size: int) -> float | None:
@@ -162,32 +153,19 @@ def cross_entropy_loss(prm: Policy, config, batch: Batch, verdicts: torch.Tensor
     return part
 
 
-def prm_step(
-    prm: Policy, optimizer, config, batch: Batch, partial_loss: PartialLoss
-) -> tuple[torch.Tensor, dict]:
-    """One PRM step on a mini-batch.
-
-    -> the log-probs [B, T] that the PRM had before the step, and its metrics, {} where the step was
-    refused.
+def prm_pass(prm: Policy, config, partial_loss: PartialLoss) -> Pass:
+    """The PRM's pass over some rows, with their `partial_loss`. What it says of a token is its
+    log-prob.
     """
-    log_probs = torch.zeros(batch.mask.shape)
-    sums = StepSums()
-    for rows, part in micro_batches(prm, batch, config.train.micro_batch_tokens):
+
+    def run_pass(rows, part):
         new = token_log_probs(prm, part, config.sample.temperature).log_probs
-        log_probs[rows, : new.shape[1]] = new.detach()[: len(rows)].cpu().float()
         process_rewards = process_reward(new, part.ref_log_probs, config.algorithm.beta)
         process_rewards = torch.where(part.mask, process_rewards, 0.0)
         loss = partial_loss(process_rewards[: len(rows)], part.mask[: len(rows)], rows)
-        # FSDP averages gradients over ranks, but ours are parts of one sum
-        (loss * world_size()).backward()
-        sums.add(loss)
-    grad_norm = clip_gradients(prm, MAX_GRAD_NORM)
-    taken = math.isfinite(grad_norm)
-    if taken:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    metrics = sums.over_ranks() | {"grad_norm": grad_norm} if taken else {}
-    return all_reduce(log_probs), metrics  # a row is one rank's: the sum is exact
+        return new, loss
+
+    return run_pass
 
 
 def score_and_learn(
@@ -207,14 +185,15 @@ def score_and_learn(
     accuracy is that of the scores before the respective step. Raises RunStopped where every step
     was refused.
     """
-    metrics, steps = {}, []
-    log_probs = torch.zeros(batch.mask.shape)
+    metrics: dict[str, float] = {}
+
+    def pass_on(rows, mini):
+        return prm_pass(prm, config, loss_on(prm, config, mini, verdicts[rows]))
+
     with timed(metrics, "time/prm"):
-        for rows in mini_batches:
-            mini = batch.select(rows)
-            partial_loss = loss_on(prm, config, mini, verdicts[rows])
-            log_probs[rows], step = prm_step(prm, optimizer, config, mini, partial_loss)
-            steps.append(step)
+        log_probs, steps = one_pass(
+            prm, optimizer, config, batch, mini_batches, pass_on, MAX_GRAD_NORM
+        )
         rewards = process_reward(log_probs, batch.ref_log_probs, config.algorithm.beta)
         sums = torch.where(batch.mask, rewards, 0.0).sum(1)
         ranking = ranking_accuracy(sums, verdicts, batch.group_size)
@@ -222,15 +201,7 @@ def score_and_learn(
             log_probs, _ = batch_log_probs(
                 prm, batch, config.sample.temperature, config.train.micro_batch_tokens
             )
-    taken = [step for step in steps if step]
-    metrics["prm/refused"] = len(steps) - len(taken)
-    if steps and not taken:
-        raise RunStopped(
-            "all PRM steps of an RL step had non-finite gradients: lower prime.learning_rate or "
-            "algorithm.beta"
-        )
-    for name in ("loss", "grad_norm") if taken else ():
-        metrics[f"prm/{name}"] = sum(step[name] for step in taken) / len(taken)
+    metrics |= step_metrics("prm", steps, "prime.learning_rate or algorithm.beta")
     if ranking is not None:
         metrics["prm/ranking_accuracy"] = ranking
     return log_probs, metrics

@@ -166,7 +166,7 @@ def warm_start(config, policy: Policy, taught, folder: Path) -> None:
 
 
 def start_path(config, folder: Path) -> str | Path:
-    """The saved model that policy, reference and PRM start from."""
+    """The saved model that policy, reference, PRM and critic start from."""
     return folder / "warm_start" / "model" if config.warms_up else config.model.path
 
 

@@ -45,7 +45,7 @@ STAGES = {
     "tiny": Stage("gpu_checks.tiny", 60, "3 steps of train.py: CPU, GPU in fp32, GPU in bf16"),
     "decoding": Stage("gpu_checks.decoding", 40, "every way to decode: the same tokens; graphs, launches, waits"),
     "resume": Stage("gpu_checks.resume", 50, "4 steps against 2 and 2 more: deterministic, then by default"),
-    "options": Stage("gpu_checks.options", 50, "PRIME, exact KL, checkpointing, offload, diagnosis: CPU against GPU"),
+    "options": Stage("gpu_checks.options", 50, "PRIME, PPO, KL, checkpointing, offload, diagnosis: CPU against GPU"),
     "memory": Stage("gpu_checks.memory", 15, "out of memory while sampling, while updating: the right word"),
     "step_term": Stage("gpu_speed.step_term", 30, "noise of SPRO's step term by the type that scores it"),
     "decode_speed": Stage("gpu_speed.decode_speed", 100, "0.5B at 64 to 512 rows, 1.5B: share of the byte floor"),

@@ -254,6 +254,7 @@ def resume(bench: Bench):
 
 OPTIONS = {
     "PRIME": ("algorithm.advantage=prime", "prime.learning_rate=1e-4"),
+    "PPO": ("algorithm.advantage=ppo", "critic.learning_rate=1e-4"),
     "exact KL": ("algorithm.kl_coef=0.01",),
     "checkpointing": ("model.gradient_checkpointing=true",),
     "offload": ("model.offload_reference=true",),

@@ -8,7 +8,12 @@ from fast.agreement import agrees, pack_rows
 from fast.decode import can_decode
 from fast.log_probs import log_probs_of_tokens, logits_at_once, states_for_kl
 from fast.recorded import decoding_loop
-from fast.shared_prompts import first_of_each_prompt, prompt_numbers, shares_prompts
+from fast.shared_prompts import (
+    first_of_each_prompt,
+    prompt_numbers,
+    response_states,
+    shares_prompts,
+)
 from fast.varlen import can_pack
 
 __all__ = [
@@ -21,6 +26,7 @@ __all__ = [
     "logits_at_once",
     "pack_rows",
     "prompt_numbers",
+    "response_states",
     "shares_prompts",
     "states_for_kl",
 ]

@@ -66,7 +66,8 @@ def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
     """
     tensors = {}
     for owner, (policy, optimizer) in trained.items():
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in policy.named_parameters():
+            name = name.removeprefix("model.")  # which a critic's value head does not have
             state = optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)

@@ -36,7 +36,7 @@ class Work:
     tokens_per_row: int  # of the longest prompt and a full-length response
     trained_tokens: int  # of a micro-batch
     has_reference: bool
-    has_prm: bool = False
+    learns_beside: bool = False  # a PRM or a critic
     repeats_heads: bool = False  # whether decoding copies grouped keys and values for every head
 
 
@@ -65,8 +65,8 @@ def memory_plan(
         "reference, fp32, sharded": 4 * n / split
         if work.has_reference and not settings.offload_reference
         else 0,
-        "PRM and its moments, fp32, sharded": 12 * n / split
-        if work.has_prm
+        "PRM or critic, and moments, fp32, sharded": 12 * n / split
+        if work.learns_beside
         else 0,  # its gradients go first
     }
     rows = work.sampled_tokens // work.tokens_per_row
@@ -114,7 +114,7 @@ def host_plan(model, settings, ranks: int, on_gpu: bool, work: Work) -> dict[str
         "rank 0: the gathered model, to save it": 4 * n,
     }
     if on_gpu:
-        share = (12 + 12 * work.has_prm) * n / split
+        share = (12 + 12 * work.learns_beside) * n / split
         in_host["saving a checkpoint: a file of tensors, twice"] = 2 * min(share, FILE_BYTES)
         if settings.offload_reference and work.has_reference:
             in_host["reference, fp32, sharded, throughout"] = 4 * n / split
@@ -196,7 +196,7 @@ def batch_tokens(config, model, layers: list, prompts, device: torch.device) -> 
         return config.sample.batch_tokens
     ranks, on_gpu, free = planned_machine(config, device)
     row = max(map(len, prompts)) + config.sample.max_new_tokens
-    nothing = Work(0, row, 0, config.needs_reference, config.needs_prm)
+    nothing = Work(0, row, 0, config.needs_reference, bool(config.learns_beside))
     plan = memory_plan(model, layers, config.model, ranks, on_gpu, nothing, 0)
     held = sum(gib for name, gib in plan.items() if not name.startswith(("update", "peak")))
     free = max(0, free - int(held * 2**30))
@@ -221,7 +221,7 @@ def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
         tokens_per_row=row,
         trained_tokens=min(max(row, t.micro_batch_tokens), row * -(-t.mini_batch_size // ranks)),
         has_reference=config.needs_reference,
-        has_prm=config.needs_prm,
+        learns_beside=bool(config.learns_beside),
         repeats_heads=s.decoding != "fast",
     )
     logits = math.inf

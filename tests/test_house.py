@@ -34,6 +34,7 @@ MEASURED |= {"tokens_per_second", "memory/peak_gib"}
 OPTIONAL = {  # keys that the golden run's config does not compute
     *("prm/loss", "prm/ranking_accuracy", "prm/grad_norm", "prm/refused", "time/prm"),  # with PRIME
     *("values/continuations", "values/tokens", "values/faults", "time/values"),  # where an estimator needs values
+    *("critic/loss", "critic/explained_variance", "critic/grad_norm", "critic/refused", "time/critic"),  # with PPO
     "groups/sampled",  # with train.max_refills
     *("kl/loss", "gradient/cosine", "gradient/norm_ratio"),  # with algorithm.kl_coef, train.diagnose_every
 }

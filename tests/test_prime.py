@@ -242,7 +242,7 @@ def test_prime_refuses_settings_that_mean_nothing():
 
 def test_the_memory_plan_counts_the_prms_weights_and_moments():
     policy, layers = tiny_model(), []
-    work = [Work(100, 50, 100, has_reference=True, has_prm=has_prm) for has_prm in (False, True)]
+    work = [Work(100, 50, 100, has_reference=True, learns_beside=there) for there in (False, True)]
     alone, both = (memory_plan(policy.model, layers, model.ModelConfig(), 8, True, each, 2**25) for each in work)
     assert both["peak"] - alone["peak"] == pytest.approx(12 * policy.num_parameters() / 8 / 2**30)
 

@@ -412,8 +412,8 @@ def test_a_step_whose_groups_are_all_dropped_changes_no_weight(tiny_run, tmp_pat
 def test_all_named_estimators_run_on_a_batch_of_no_responses():
     nothing, mask = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool)
     batch = Batch(rewards=torch.zeros(0), log_probs=nothing, ref_log_probs=nothing, mask=mask, group_size=4)
-    batch = replace(batch, step_ids=nothing.long(), values_before=nothing, values_after=nothing)
-    batch = replace(batch, step_labels=nothing.char(), trace_ids=nothing.long(), luck=torch.zeros(0))
-    batch = replace(batch, tokens=torch.zeros(0, 2).long(), attention_mask=mask.repeat(1, 2), answer_log_probs=nothing)
+    needed = {name: nothing.long() for name in ("step_ids", "step_labels", "trace_ids", "tokens")}
+    needed |= {name: nothing for name in ("answer_log_probs", "critic_values", "values_before", "values_after")}
+    batch = replace(batch, **needed, luck=nothing[:, 0], truncated=mask[:, 0])
     for name in ADVANTAGES:
         assert advantage(name, batch, train.AlgorithmConfig()).shape == (0, 1)
