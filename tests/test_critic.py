@@ -22,6 +22,7 @@ from tasks.chain import chain_tokenizer
 import chaos
 from conftest import finished, ran
 from helpers import PROMPTS, any_model, tiny_model
+from test_inspect import page_of
 from test_ranks import assert_alike
 from test_spro import assert_equal, batch_of, make_batch, padded, ragged
 
@@ -282,6 +283,8 @@ def assert_dumped_advantages_are_gae_of_dumped_values(run, is_egae: bool) -> Non
     assert rows and max(abs(v) for row in values for v in row) > 1e-2  # the critic has learned something
     for row, expected in zip(rows, slow_whitened(slow_gae(values, rewards, cut, 0.95)), strict=True):
         assert row["advantage"] == pytest.approx(expected, abs=1e-4)
+    page = page_of(run)
+    assert page["check"].startswith("✓") and "critic_value" in page["views"]
 
 
 def test_dumped_advantages_are_gae_of_the_dumped_values_and_the_critic_is_in_the_checkpoint(straight):

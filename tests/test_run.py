@@ -136,7 +136,7 @@ def test_key_value_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
         ("sample.group_size=1", "group_size=1"),
         ("sample.temperature=-1", "temperature=-1.0 must be positive"),
         ("sample.temperature=0", "temperature=0.0 must be positive"),
-        ("algorithm.advantage=ppo", "advantage='ppo' is not known: choose one of spro, grpo"),
+        ("algorithm.advantage=pqo", "advantage='pqo' is not known: choose one of spro, grpo"),
         ("algorithm.loss_weights=mean", "loss_weights='mean'"),
         ("algorithm.keep_accuracy=[0.8, 0.2]", "keep_accuracy"),
         ("reward.grader=oracle", "grader='oracle' is not known"),

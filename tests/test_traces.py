@@ -208,6 +208,7 @@ def prepared(source: str, advantage: str, seed: int = 0, step: int = 1):
         algorithm=AlgorithmConfig(advantage=advantage),
         data=SimpleNamespace(source=source),
         train=SimpleNamespace(epochs=1),
+        learns_beside=None,
     )
     batch = Batch.from_texts([[1]] * 2, ["b3+5=8;c8*2=6;d6-7=9;#9", "#9"], chain_tokenizer())
     batch = dataclasses.replace(batch, problems=(Problem(CHAIN, "9", "chain"),) * 2, group_size=2)

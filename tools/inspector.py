@@ -49,12 +49,14 @@ VIEWS = {
     "verified": "+1 in a right step, -1 in the response's first wrong one, 0 where nothing is judged",
     "value_after": "Monte-Carlo value of the response up to the end of this token's step",
     "value_gain": "Monte-Carlo advantage of this token's step: the value after it minus the value before",
+    "critic_value": "what the critic says the state before this token is worth",
 }
 NO_REFERENCE = "no log-ratio, CPR or MSA: this run has no reference"
 ABSENT = {  # why a view may not be there
     **dict.fromkeys(("msa", "cpr", "log_ratio"), NO_REFERENCE),
     "verified": "this run's task does not verify its steps",
     **dict.fromkeys(("value_after", "value_gain"), "this run's estimator takes no Monte-Carlo values"),
+    "critic_value": "this run has no critic",
 }
 PER_RESPONSE = ("prompt", "reference", "text", "verdict", "reward", "reason", "truncated", "group", "token_text")
 PER_TOKEN = {  # in a line of a kept group -> in a Batch
@@ -178,7 +180,8 @@ def batch_of(kept: list[dict], group_size: int) -> Batch:
         per_token["tokens"] = pad_sequence([torch.tensor(line["id"]) for line in kept], True)
     rewards = torch.tensor([line["reward"] for line in kept], dtype=torch.float64)
     texts = tuple(line["text"] for line in kept)
-    return Batch(mask=mask, rewards=rewards, texts=texts, group_size=group_size, **per_token)
+    per_row = {"truncated": torch.tensor([line["truncated"] for line in kept]), "rewards": rewards, "texts": texts}
+    return Batch(mask=mask, group_size=group_size, **per_row, **per_token)
 
 
 def recomputed(batch: Batch, name: str, algo: AlgorithmConfig) -> tuple[torch.Tensor, str]:
@@ -224,6 +227,8 @@ def known_values(line: dict) -> dict[str, torch.Tensor]:
         values["verified"] = (line["step_label"] == 1).double() - (line["step_label"] == 0).double()
     if "value_after" in line:
         values |= {"value_after": line["value_after"], "value_gain": line["value_after"] - line["value_before"]}
+    if "critic_value" in line:
+        values["critic_value"] = line["critic_value"]
     return values
 
 
