@@ -3,7 +3,6 @@
 import dataclasses
 import doctest
 import itertools
-import json
 import math
 import statistics
 
@@ -20,10 +19,10 @@ from spro import AlgorithmConfig, Batch
 from tasks.chain import chain_tokenizer
 
 import chaos
-from conftest import finished, ran
+from conftest import finished
 from helpers import PROMPTS, any_model, tiny_model
 from test_inspect import page_of
-from test_ranks import assert_alike
+from test_ranks import assert_a_kill_in_step_4_changes_nothing, assert_alike, learned_rows
 from test_spro import assert_equal, batch_of, make_batch, padded, ragged
 
 # --- the advantages -----------------------------------------------------------------------------------------------
@@ -271,13 +270,8 @@ def straight(warm, tmp_path_factory):
     return folder
 
 
-def dumped(run) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "samples" / "step_000004.jsonl").read_text().splitlines()]
-    return [row for row in rows if "advantage" in row]
-
-
 def assert_dumped_advantages_are_gae_of_dumped_values(run, is_egae: bool) -> None:
-    rows = dumped(run)
+    rows = learned_rows(run)
     values, rewards = [row["critic_value"] for row in rows], [row["reward"] for row in rows]
     cut = [is_egae and row["truncated"] for row in rows]
     assert rows and max(abs(v) for row in values for v in row) > 1e-2  # the critic has learned something
@@ -309,11 +303,5 @@ def test_two_processes_train_a_critic_as_one_does(name, update, straight, warm, 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_kill_inside_the_critics_step_changes_nothing(ranks, straight, warm, tmp_path):
-    folder, go_on = tmp_path / "run", (warm, *PPO, "resume=true")
-    code, words = ran(folder, *go_on, ranks=ranks, on="optimizer", step=4, n=2, does="kill")
-    assert code == -9, words
-    assert "going on after step 2" in finished(folder, *go_on, ranks=ranks)
-    if ranks == 1:
-        assert chaos.differences(straight, folder) == []
-    else:
-        assert_alike(chaos.metrics(straight), chaos.metrics(folder))
+    arguments = (warm, *PPO)
+    assert_a_kill_in_step_4_changes_nothing(straight, tmp_path / "run", arguments, "optimizer", 2, ranks)

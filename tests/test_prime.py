@@ -1,7 +1,6 @@
 """PRIME: its two advantages against loops in float64, the PRM against responses scored one by one, and whole runs."""
 
 import dataclasses
-import json
 import math
 import statistics
 
@@ -20,7 +19,7 @@ from tasks.chain import chain_tokenizer
 import chaos
 from conftest import finished, ran
 from helpers import PROMPTS, slow_log_probs, tiny_model
-from test_ranks import assert_alike
+from test_ranks import assert_a_kill_in_step_4_changes_nothing, assert_alike, learned_rows
 from test_spro import BETA, G, assert_equal, estimate, make_batch, padded, ragged
 
 # --- the advantages -----------------------------------------------------------------------------------------------
@@ -272,8 +271,7 @@ def straight(warm, tmp_path_factory):
 
 
 def test_dumped_advantages_are_equation_5_of_the_dumped_log_probs(straight):
-    rows = [json.loads(line) for line in (straight / "samples" / "step_000004.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "advantage" in row]
+    rows = learned_rows(straight)
     assert rows and len(rows) % 4 == 0
     r = [[0.05 * (p - q) for p, q in zip(row["process_log_prob"], row["ref_log_prob"], strict=True)] for row in rows]
     assert max(abs(x) for row in r for x in row) > 1e-3  # the PRM has left the reference
@@ -312,11 +310,5 @@ def test_a_stop_inside_the_prms_step_and_a_resume_change_nothing(straight, warm,
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_kill_inside_the_prms_step_changes_nothing(ranks, straight, warm, tmp_path):
-    folder, go_on = tmp_path / "run", (warm, *PRIME, "resume=true")
-    code, words = ran(folder, *go_on, ranks=ranks, on="optimizer", step=4, n=2, does="kill")
-    assert code == -9, words
-    assert "going on after step 2" in finished(folder, *go_on, ranks=ranks)
-    if ranks == 1:
-        assert chaos.differences(straight, folder) == []
-    else:
-        assert_alike(chaos.metrics(straight), chaos.metrics(folder))
+    arguments = (warm, *PRIME)
+    assert_a_kill_in_step_4_changes_nothing(straight, tmp_path / "run", arguments, "optimizer", 2, ranks)

@@ -212,6 +212,23 @@ def assert_alike(one: list[dict], two: list[dict]) -> None:
             assert row[key] == close, f"step {row['step']}: {key}"
 
 
+def learned_rows(run_dir) -> list[dict]:
+    """The lines of step 4's dump that were learned from."""
+    rows = [json.loads(line) for line in (run_dir / "samples" / "step_000004.jsonl").read_text().splitlines()]
+    return [row for row in rows if "advantage" in row]
+
+
+def assert_a_kill_in_step_4_changes_nothing(straight, folder, arguments, on: str, n: int, ranks: int = 1) -> None:
+    """A run into `folder`, killed at the n-th moment `on` of step 4, goes on after step 2 and ends as `straight`."""
+    code, words = ran(folder, *arguments, "resume=true", ranks=ranks, on=on, step=4, n=n, does="kill")
+    assert code == -9, words
+    assert "going on after step 2" in finished(folder, *arguments, "resume=true", ranks=ranks)
+    if ranks == 1:
+        assert chaos.differences(straight, folder) == []
+    else:
+        assert_alike(chaos.metrics(straight), chaos.metrics(folder))
+
+
 def texts(run_dir) -> list[str]:
     files = sorted((run_dir / "samples").iterdir())
     return [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]

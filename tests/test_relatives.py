@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 
@@ -24,7 +23,7 @@ from conftest import finished, ran
 from helpers import PROMPTS, chat_tokenizer, slow_log_probs, tiny_model
 from test_inspect import page_of
 from test_prime import PARTS, PRIME, TEXTS, VERDICTS, log_probs_of, slow_sums_of
-from test_ranks import assert_alike
+from test_ranks import assert_alike, learned_rows
 from test_spro import (
     BETA,
     G,
@@ -336,15 +335,10 @@ def test_an_answer_that_cannot_be_told_is_refused_at_the_start(problem, words):
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-def dumped(folder) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "samples" / "step_000004.jsonl").read_text().splitlines()]
-    return [row for row in rows if "advantage" in row]
-
-
 def test_a_run_of_oppo_needs_no_reference_and_dumps_what_its_advantage_is_made_of(warm, tmp_path):
     change = (*PRIME, "algorithm.advantage=oppo", "algorithm.beta=1")
     finished(tmp_path / "run", warm, *change)
-    rows = dumped(tmp_path / "run")
+    rows = learned_rows(tmp_path / "run")
     assert page_of(tmp_path / "run")["check"].startswith("✓")
     assert rows and "ref_log_prob" not in rows[0] and chaos.metrics(tmp_path / "run")[-1]["advantage/step_abs"] > 0
     for first in range(0, len(rows), 4):
@@ -384,7 +378,7 @@ def test_the_inspector_recomputes_what_a_run_dumped(name, warm, tmp_path):
     finished(tmp_path / "run", warm, *PRIME, f"algorithm.advantage={name}", "algorithm.step_tokens=4")
     assert page_of(tmp_path / "run")["check"].startswith("✓")
     if name == "prl":
-        assert {n for row in dumped(tmp_path / "run") for n in row["step_id"]} >= {0, 1}
+        assert {n for row in learned_rows(tmp_path / "run") for n in row["step_id"]} >= {0, 1}
 
 
 def test_an_ablation_config_of_each_trains_it():

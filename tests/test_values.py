@@ -21,9 +21,9 @@ from tasks.problem import Problem
 from tools import report
 
 import chaos
-from conftest import finished, ran
+from conftest import finished
 from helpers import EOS, PROMPTS, any_model, keys, tiny_model
-from test_ranks import assert_alike
+from test_ranks import assert_a_kill_in_step_4_changes_nothing, assert_alike, learned_rows
 
 KEY = (0, int(Draw.CONTINUE), 3)
 TOKENIZER = chain_tokenizer()  # one character, one token
@@ -411,8 +411,7 @@ def straight(warm, tmp_path_factory):
 
 
 def test_dumped_advantages_are_differences_of_values_that_add_up_to_the_verdict(straight):
-    rows = [json.loads(line) for line in (straight / "samples" / "step_000004.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "advantage" in row]
+    rows = learned_rows(straight)
     assert rows and len({x for row in rows for x in row["advantage"]}) > 2
     for row in rows:
         first = [t for t, number in enumerate(row["step_id"]) if number not in row["step_id"][:t]]
@@ -442,9 +441,5 @@ def test_two_processes_value_prefixes_as_one_does(straight, warm, tmp_path):
 
 @pytest.mark.parametrize("moment", ["generate", "update"])
 def test_a_kill_and_a_resume_change_nothing(moment, straight, warm, tmp_path):
-    folder, go_on = tmp_path / "run", (warm, *VINE, "resume=true")
     n = 40 if moment == "generate" else 1  # beyond the 14 tokens of stage 1: a prefix is being continued
-    code, words = ran(folder, *go_on, on=moment, step=4, n=n, does="kill")
-    assert code == -9, words
-    assert "going on after step 2" in finished(folder, *go_on)
-    assert chaos.differences(straight, folder) == []
+    assert_a_kill_in_step_4_changes_nothing(straight, tmp_path / "run", (warm, *VINE), moment, n)
