@@ -156,8 +156,8 @@ def masked_step_advantage(cpr: Tensor, mask: Tensor, group_size: int) -> Tensor:
 def estimator(*needs: str, additive: bool = True):
     """Mark `name_advantage(batch, algo)` as an estimator, and say beside it what it needs of a run.
 
-    needs: of NEEDED_FIELDS, or "prm"; docs/estimators.md says what each brings. `additive`: whether
-    it is the sum of an outcome term and a step term, which are then logged apart.
+    needs: words of docs/estimators.md, which says what each brings. `additive`: whether it is the
+    sum of an outcome term and a step term, which are then logged apart.
 
     What all estimators have in common is done here once: no gradient flows into an advantage,
     masked tokens have none, and a batch that lacks what is needed is a ValueError.
@@ -377,6 +377,7 @@ class Batch:
     truncated: Tensor | None = per_row()  # bool, the response never stopped
     texts: tuple[str, ...] | None = per_row()  # the responses, without special tokens
     problems: tuple | None = per_row()  # what was asked
+    paths: tuple | None = per_row()  # of edges of a tree: (prompt's place, sibling, sibling, ...)
     # 2. Reward
     verdicts: tuple | None = per_row()  # of the grader; one that failed has no score
     rewards: Tensor | None = per_row()  # scores as shaped for training; NaN without a verdict

@@ -30,11 +30,12 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import against_reference, diagnostics, supervised
+from baselines import against_reference, diagnostics, supervised, tree
 from baselines.critic import CriticConfig
-from baselines.prepare import models_beside, prepared, require_what_is_needed
+from baselines.prepare import check_config, models_beside, prepared, require_what_is_needed
 from baselines.prime import PrimeConfig
 from baselines.supervised import WarmStartConfig
+from baselines.tree import TreeConfig
 from baselines.values import ValuesConfig
 from data import DataConfig
 from eval import EvalConfig
@@ -118,24 +119,25 @@ class Config(Block):
     prime: PrimeConfig = field(default_factory=PrimeConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     values: ValuesConfig = field(default_factory=ValuesConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
         """What blocks demand of each other; ValueError where it does not hold."""
         super().__post_init__()
-        t, a, s = self.train, self.algorithm, self.sample
-        baselines.check_advantage(a.advantage)
-        baselines.check_trace(a.advantage, self.data.source)
+        t, s = self.train, self.sample
+        check_config(self)
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume=true goes on with what is in run_dir, overwrite=true deletes it: "
                 "give one of them"
             )
-        responses = t.prompts_per_step * s.group_size
+        samples = self.samples_per_prompt
+        responses = t.prompts_per_step * samples
         if responses % t.mini_batch_size:
             raise ValueError(
-                f"{t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses "
+                f"{t.prompts_per_step} prompts x {samples} samples = {responses} responses "
                 f"do not divide into mini-batches of train.mini_batch_size={t.mini_batch_size}"
             )
         if not self.model.path and self.data.source not in tasks.TOKENIZERS:
@@ -155,10 +157,10 @@ class Config(Block):
                 f"reward.overlong_buffer={self.reward.overlong_buffer} > "
                 f"sample.max_new_tokens={s.max_new_tokens}: every response would be penalized"
             )
-        if self.learns_beside == "prm" and a.beta <= 0:
-            raise ValueError(
-                f"algorithm.advantage={a.advantage} needs algorithm.beta above 0 to learn by"
-            )
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return tree.samples_per_prompt(self)
 
     @property
     def warms_up(self) -> bool:
@@ -279,7 +281,7 @@ def train(
                         new.log_probs, micro.log_probs, micro.advantages, micro.weights, *clip
                     )
                     if a.kl_coef:
-                        kl = kl_term(new, micro, a.kl_estimator)
+                        kl = against_reference.kl_term(new, micro, a.kl_estimator)
                         loss = loss + a.kl_coef * kl
                         stats["kl/loss"] = kl.detach()
                     if t.old_log_probs == "sampler":
@@ -302,6 +304,7 @@ def train(
         # The loss sits near 0 by construction: reward, entropy, KL and length say how a run is.
         seconds["time/step"] = time.perf_counter() - step_started
         row = {"step": step, **metrics.sampling_metrics(batch, scores, kept)}
+        row |= tree.response_metrics(batch)
         if t.max_refills:
             row["groups/sampled"] = len(kept)
         row |= metrics.token_metrics(learned, outcome)
@@ -344,6 +347,8 @@ def sample_prompts(policy: model.Policy, train_set, position: int, config: Confi
     chosen = [data.prompt_index(p, len(problems), config.seed) for p in positions]
     keys = [(config.seed, Draw.SAMPLE, p) for p in positions]
     with sharding.unsharded(policy):
+        if tree.is_chosen(config):
+            return tree.sample_trees(policy, train_set, chosen, keys, config)
         batch = sample.sample(policy, [prompts[i] for i in chosen], keys, config.sample)
     asked = tuple(problems[i] for i in chosen for _ in range(batch.group_size))
     return replace(batch, problems=asked)
@@ -351,6 +356,8 @@ def sample_prompts(policy: model.Policy, train_set, position: int, config: Confi
 
 def grade_batch(batch: spro.Batch, grader: rewards.Grader, max_new_tokens: int) -> spro.Batch:
     """The batch with its verdicts, and the rewards that training uses; the ranks share the work."""
+    if batch.paths:
+        return tree.graded(batch, grader, max_new_tokens)
     lengths = batch.mask.sum(1).tolist()
     answers = list(zip(batch.problems, batch.texts, lengths, strict=True))
     judged = processes.map_over_ranks(lambda part: grader.judge(part, max_new_tokens), answers)
@@ -367,6 +374,8 @@ def scores_of(batch: spro.Batch) -> torch.Tensor:
 def groups_to_learn_from(batch: spro.Batch, keep_accuracy: tuple[float, float]) -> torch.Tensor:
     """bool [B / G]: every response has a reward, and the mean verdict lies in the range."""
     usable = ~batch.rewards.isnan().view(-1, batch.group_size).any(1)
+    if batch.paths:
+        usable &= tree.differ_enough(batch)
     return usable & spro.keep_groups(scores_of(batch), batch.group_size, *keep_accuracy)
 
 
@@ -389,14 +398,6 @@ def refill(batch: spro.Batch, kept, position: int, sources, config: Config, seco
         batch = spro.Batch.cat([batch, more])
         kept = groups_to_learn_from(batch, config.algorithm.keep_accuracy)
     return batch, kept & (kept.cumsum(0) <= wanted), position
-
-
-def kl_term(new: model.TokenLogProbs, micro: spro.Batch, estimator: str) -> torch.Tensor:
-    """KL(policy || reference) of a micro-batch, weighted like the surrogate."""
-    kl = new.kl
-    if estimator != "exact":
-        kl = spro.kl_estimate(new.log_probs, micro.ref_log_probs, micro.weights != 0, estimator)
-    return (micro.weights.to(kl.dtype) * kl).sum()
 
 
 def evaluate(

@@ -1,5 +1,5 @@
 """What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, PPO, others that
-read log-ratios, sampled values, an oracle.
+read log-ratios, sampled values, an oracle, trees.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -19,6 +19,7 @@ from baselines import (
     prime_prefix,
     relatives,
     rto,
+    tree,
     values,
 )
 from spro import AlgorithmConfig, Batch
@@ -30,7 +31,7 @@ def estimators_in(module) -> dict:
     functions = {
         name.removesuffix("_advantage"): f
         for name, f in vars(module).items()
-        if hasattr(f, "needs")
+        if callable(f) and hasattr(f, "needs")
     }
     return {name: f for name, f in functions.items() if f.__module__ == module.__name__}
 
@@ -47,6 +48,7 @@ ADVANTAGES = spro.ADVANTAGES | {
         critic,
         values,
         oracle,
+        tree,
     )
     for name, function in estimators_in(module).items()
 }

@@ -9,7 +9,7 @@ import torch
 import baselines
 import model
 from model import Policy
-from spro import Batch
+from spro import Batch, kl_estimate
 
 
 def finer_type(config, policy: Policy) -> str | None:
@@ -37,3 +37,11 @@ def scored(policy: Policy, reference: Policy | None, batch: Batch, config) -> Ba
     fine_log_probs = model.batch_log_probs(policy, *how)[0] if finer else None
     ref_log_probs = model.batch_log_probs(reference, *how)[0]
     return replace(batch, ref_log_probs=ref_log_probs, fine_log_probs=fine_log_probs)
+
+
+def kl_term(new: model.TokenLogProbs, micro: Batch, estimator: str) -> torch.Tensor:
+    """KL(policy || reference) of a micro-batch, weighted like the surrogate."""
+    kl = new.kl
+    if estimator != "exact":
+        kl = kl_estimate(new.log_probs, micro.ref_log_probs, micro.weights != 0, estimator)
+    return (micro.weights.to(kl.dtype) * kl).sum()

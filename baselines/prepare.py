@@ -8,7 +8,19 @@ from dataclasses import replace
 
 import torch
 
-from baselines import answer, critic, needs, prime, prime_prefix, rto, steps, traces, values
+import baselines
+from baselines import (
+    answer,
+    critic,
+    needs,
+    prime,
+    prime_prefix,
+    rto,
+    steps,
+    traces,
+    tree,
+    values,
+)
 from baselines.beside import load_beside
 from infra.metrics import timed
 from infra.rng import Draw, rng_for
@@ -20,6 +32,14 @@ from tasks.problem import Problem
 
 # What a PRM learns by, where it is not PRIME's cross-entropy
 PRM_LOSSES = {"prime_prefix": prime_prefix.prefix_loss, "rto": rto.pairwise_loss}
+
+
+def check_config(config) -> None:
+    """ValueError where a run's estimator is not known, or does not go with what else is asked."""
+    baselines.check_advantage(config.algorithm.advantage)
+    baselines.check_trace(config.algorithm.advantage, config.data.source)
+    for baseline in (prime, tree):
+        baseline.check(config)
 
 
 def require_what_is_needed(config, policy: Policy, problems: list[Problem]) -> None:
@@ -66,7 +86,7 @@ def prepared(
 
     if needed("steps") or needed("values"):
         learned = replace(learned, step_ids=steps.step_ids(learned, policy.tokenizer, algo))
-    if config.data.source in TRACES:
+    if config.data.source in TRACES and not tree.is_chosen(config):  # edges are no whole responses
         trace = TRACES[config.data.source]
         labels, numbers = traces.verified(learned, policy.tokenizer, trace)
         learned = replace(learned, step_labels=labels, trace_ids=numbers)

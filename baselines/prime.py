@@ -41,6 +41,15 @@ class PrimeConfig(Block):
     )
 
 
+def check(config) -> None:
+    """ValueError where a PRM could not learn."""
+    algo = config.algorithm
+    if config.learns_beside == "prm" and algo.beta <= 0:
+        raise ValueError(
+            f"algorithm.advantage={algo.advantage} needs algorithm.beta above 0 to learn by"
+        )
+
+
 # --- the advantages -------------------------------------------------------------------------------
 
 

@@ -49,6 +49,18 @@ def values_line(config) -> tuple[str, ...]:
     )
 
 
+def tree_line(config) -> tuple[str, ...]:
+    """What a sample is, where that is an edge of a tree."""
+    G, tree, limit = config.sample.group_size, config.tree, config.sample.max_new_tokens
+    if config.samples_per_prompt == G:
+        return ()
+    return (
+        f"tree     a sample is an edge: {G} children a node, depth {tree.depth}, at most "
+        f"{tree.edge_tokens} tokens an edge, the last to token {limit}; there are fewer where "
+        "texts end early",
+    )
+
+
 def describe(
     config, policy, problems: list, n_held_out: int, grader, generation: dict, batch_tokens: int
 ) -> str:
@@ -57,7 +69,8 @@ def describe(
     """
     t, s, a = config.train, config.sample, config.algorithm
     tokenizer = policy.tokenizer
-    responses = t.prompts_per_step * s.group_size
+    samples = config.samples_per_prompt
+    responses = t.prompts_per_step * samples
     beta = f", beta {a.beta:g}" if config.reads_reference else ""
     kl = f", kl_coef {a.kl_coef:g} ({a.kl_estimator})" if a.kl_coef else ""
     chat = (
@@ -84,13 +97,14 @@ def describe(
         f"{programs_line(problems, grader)}",
         f"prompts  {chat}, {system} system prompt; stop {stops} {policy.stop_ids}{strings}, pad "
         f"{policy.pad_id}; {str(dtype).removeprefix('torch.')}, {attention} attention{plain}",
-        f"step     {t.prompts_per_step} prompts x {s.group_size} samples = {responses} responses = "
+        f"step     {t.prompts_per_step} prompts x {samples} samples = {responses} responses = "
         f"{responses // t.mini_batch_size} optimizer steps in micro-batches of at most "
         f"{t.micro_batch_tokens} tokens; "
         f"{t.epochs} epoch(s); keeping groups of accuracy {list(a.keep_accuracy)}{refills}",
         f"sampler  softmax at temperature {s.temperature:g} over the whole vocabulary; at most "
         f"{batch_tokens:,} tokens decoded together; generate: {generation}",
         *values_line(config),
+        *tree_line(config),
     )
     return "\n".join(lines)
 

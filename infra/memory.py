@@ -213,7 +213,7 @@ def dry_run_report(config, policy, layers: list, prompts, tokens: int) -> str:
     t, s = config.train, config.sample
     ranks, on_gpu, free = planned_machine(config, policy.device)
     row = max(map(len, prompts)) + s.max_new_tokens
-    sampled = t.prompts_per_step * s.group_size
+    sampled = t.prompts_per_step * config.samples_per_prompt
     if config.needs_values:  # as many of each response as it has steps, and a token is one at least
         sampled *= config.values.continuations * s.max_new_tokens
     work = Work(

@@ -198,6 +198,7 @@ def slow_outcomes(rewards, log_probs):
         "reinforce_rej": [0.0 if equal[i] else 2 * r - 1 for i, r in enumerate(rewards)],
         "unlikeliness": slow_outcome(unlikely),
         "positives": [z if r > 0.5 or z > 0 else 0.0 for r, z in zip(rewards, slow_outcome(rewards), strict=True)],
+        "tree_rpo": slow_outcome(rewards),
     }
 
 
@@ -222,7 +223,7 @@ def test_baselines_and_ablations_match_loops_over_their_definitions(seed, binary
     outcomes = slow_outcomes(rewards, ragged(b.pi, b.mask))
     steps = slow_step_terms(process, ragged(b.ids, b.mask), rewards)
     steps |= slow_value_terms(ragged(b.before, b.mask), ragged(b.after, b.mask))
-    assert outcomes.keys() == OUTCOME_ONLY - {"lambda_grpo"}
+    assert outcomes.keys() == OUTCOME_ONLY - {"lambda_grpo"} | {"tree_rpo"}
     assert steps.keys() | outcomes.keys() | {"spro"} <= set(ESTIMATORS)
     for name, expected in outcomes.items():
         rows = [[expected[i]] * len(row) for i, row in enumerate(process)]
