@@ -30,7 +30,8 @@ import rewards
 import sample
 import spro
 import tasks
-from baselines import against_reference, diagnostics, supervised, tree
+from baselines import a_star, against_reference, diagnostics, supervised, tree
+from baselines.a_star import AStarConfig
 from baselines.critic import CriticConfig
 from baselines.prepare import check_config, models_beside, prepared, require_what_is_needed
 from baselines.prime import PrimeConfig
@@ -120,6 +121,7 @@ class Config(Block):
     critic: CriticConfig = field(default_factory=CriticConfig)
     values: ValuesConfig = field(default_factory=ValuesConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
+    a_star: AStarConfig = field(default_factory=AStarConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -277,9 +279,10 @@ def train(
                 sums = metrics.StepSums(weights.sum())
                 for _, micro in model.micro_batches(policy, mini, t.micro_batch_tokens):
                     new = model.token_log_probs(policy, micro, s.temperature, kl_reference)
-                    loss, stats = spro.policy_loss(
-                        new.log_probs, micro.log_probs, micro.advantages, micro.weights, *clip
-                    )
+                    terms = (micro.log_probs, micro.advantages, micro.weights)
+                    loss, stats = spro.policy_loss(new.log_probs, *terms, *clip)
+                    if a_star.is_chosen(config):  # it fits whole responses, and clips nothing
+                        loss = a_star.regression_loss(new.log_probs, micro, a.beta)
                     if a.kl_coef:
                         kl = against_reference.kl_term(new, micro, a.kl_estimator)
                         loss = loss + a.kl_coef * kl
@@ -487,6 +490,7 @@ def main() -> None:
         return
     if state["step"] < config.train.steps:  # an earlier end of this run is not the end any more
         processes.on_first_rank(lambda: shutil.rmtree(folder / "model", ignore_errors=True))
+    train_set = a_star.with_values(config, folder, reference, train_set, grader, state)
     train(config, folder, trained, reference, grader, train_set, eval_set, state)
     model.save(policy, folder / "model")
     processes.print0(console.summary(config, folder, state, time.perf_counter() - started))

@@ -1,5 +1,5 @@
 """What SPRO is compared with: outcome-only estimators, ablations of SPRO, PRIME, PPO, others that
-read log-ratios, sampled values, an oracle, trees.
+read log-ratios, sampled values, an oracle, trees, a regression.
 
 `ADVANTAGES` is the whole table of `algorithm.advantage`. A new estimator is one function in one of
 the files here, marked by `estimator`, and named by what stands before `_advantage`.
@@ -11,6 +11,7 @@ import torch
 
 import spro
 from baselines import (
+    a_star,
     ablations,
     critic,
     oracle,
@@ -49,6 +50,7 @@ ADVANTAGES = spro.ADVANTAGES | {
         values,
         oracle,
         tree,
+        a_star,
     )
     for name, function in estimators_in(module).items()
 }

@@ -8,6 +8,7 @@ import torch
 
 import baselines
 import model
+from baselines import a_star
 from model import Policy
 from spro import Batch, kl_estimate
 
@@ -20,6 +21,8 @@ def finer_type(config, policy: Policy) -> str | None:
     """
     finer = config.algorithm.process_dtype
     if policy.dtype == torch.float32 or finer == "bfloat16":
+        return None
+    if a_star.is_chosen(config):  # compared with the update's own pass, in that pass's type
         return None
     is_of_policy = config.needs_reference and config.reads_reference and not config.learns_beside
     reads_answer = baselines.needs(config.algorithm.advantage, "answer")

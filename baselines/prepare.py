@@ -10,6 +10,7 @@ import torch
 
 import baselines
 from baselines import (
+    a_star,
     answer,
     critic,
     needs,
@@ -38,7 +39,7 @@ def check_config(config) -> None:
     """ValueError where a run's estimator is not known, or does not go with what else is asked."""
     baselines.check_advantage(config.algorithm.advantage)
     baselines.check_trace(config.algorithm.advantage, config.data.source)
-    for baseline in (prime, tree):
+    for baseline in (prime, tree, a_star):
         baseline.check(config)
 
 

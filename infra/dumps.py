@@ -95,6 +95,8 @@ def dump_rollout(file: Path, tokenizer, batch, learned, rows: torch.Tensor) -> N
                 "token_text": texts_of(ids),
                 "sampler_log_prob": batch.sampler_log_probs[i, : len(ids)].tolist(),
             }
+            if problem.v_star is not None:
+                line["v_star"] = problem.v_star
             if i in place:
                 values = {name: getattr(learned, name)[place[i], : len(ids)] for name in per_token}
                 line |= {dump_key(name): value.tolist() for name, value in values.items()}

@@ -19,6 +19,7 @@ class Draw(IntEnum):
     WEIGHTS = 6
     LUCK = 7
     CONTINUE = 8
+    V_STAR = 9
 
 
 def rng_for(seed: int, purpose: Draw, *index: int) -> np.random.Generator:

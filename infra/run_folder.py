@@ -5,7 +5,8 @@ runs/NAME/config.yaml            the resolved config, with the command, commit a
 made it runs/NAME/metrics.jsonl          one line per step; step 0 is the evaluation before training
 runs/NAME/samples/step_*.jsonl   whole rollouts, now and then runs/NAME/checkpoints/step_*/
 shard-*.safetensors (weights and optimizer moments), state.json, manifest.json runs/NAME/warm_start/
-metrics.jsonl and model/, where the model was built from scratch runs/NAME/model/
+metrics.jsonl and model/, where the model was built from scratch runs/NAME/v_star.jsonl
+optimal values of prompts, with algorithm.advantage=a_star runs/NAME/model/
 the trained model, for `from_pretrained` runs/NAME/lock                   held by the process that
 works here
 """
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -191,19 +193,24 @@ def _open_run_folder(config) -> Path:
 
 
 def keep_metrics_through(run: Path, step: int) -> list[dict]:
-    """Drop what metrics.jsonl says of later steps than `step`, and a last line cut short -> the
-    rows kept.
+    """Drop what metrics.jsonl says of later steps than `step` -> the rows kept."""
+    return keep_rows(run / "metrics.jsonl", lambda row: row["step"] <= step)
+
+
+def keep_rows(file: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
+    """Drop the other rows of a file of JSON lines, and a last line cut short -> the rows kept. All
+    ranks call it.
     """
-    return on_first_rank(lambda: _keep_metrics_through(run / "metrics.jsonl", step))
+    return on_first_rank(lambda: _keep_rows(file, is_kept))
 
 
-def _keep_metrics_through(file: Path, step: int) -> list[dict]:
+def _keep_rows(file: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
     rows = []
     for line in file.read_text().split("\n") if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
-    rows = [row for row in rows if row["step"] <= step]
+    rows = [row for row in rows if is_kept(row)]
     _write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -22,6 +22,7 @@ class Problem:
     system: str = ""  # the system's turn in a chat
     solution: str = field(default="", repr=False)  # a right response, where the row has one
     place: str = field(default="", compare=False, repr=False)  # file and row, where it is from one
+    v_star: float | None = field(default=None, compare=False, repr=False)  # where a run needs it
 
 
 def problems_hash(problems: list[Problem]) -> str:

@@ -149,7 +149,7 @@ def one_update(policy, config, batch, advantages, reference=None, folder: Path |
     update give back what is given here; everything from the update on is train.py's. No weight moves.
     """
     scores = torch.tensor([verdict.score for verdict in verdicts_for(batch)])
-    problems = (Problem("?", "", "chain"),) * len(batch)
+    problems = batch.problems or (Problem("?", "", "chain"),) * len(batch)
     given = replace(batch, problems=problems, verdicts=verdicts_for(batch), rewards=scores)
     given = replace(given, sampler_log_probs=batch.log_probs, group_size=config.sample.group_size)
     found, rows = {}, []

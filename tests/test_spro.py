@@ -46,6 +46,7 @@ def make_batch(seed=0, B=12, T=9):
     values, truncated = torch.randn(B, T, generator=g).double(), torch.rand(B, generator=g) < 0.4  # a critic's
     tensors = {"rewards": rewards, "pi": pi, "ref": ref, "old": old, "adv": adv, "mask": mask, "ids": ids, "w": w}
     tensors |= {"tokens": tokens, "told": told, "values": values, "truncated": truncated}
+    tensors |= {"v_star": torch.rand(B, generator=g).double()}
     return SimpleNamespace(**tensors, trace=trace, labels=labels, luck=luck, before=before, after=after)
 
 
@@ -59,7 +60,9 @@ def batch_of(b, group_size=G):
     return spro.Batch(
         rewards=b.rewards, log_probs=b.pi, ref_log_probs=b.ref, mask=b.mask, step_ids=b.ids, step_labels=b.labels,
         trace_ids=b.trace, luck=b.luck, values_before=b.before, values_after=b.after, tokens=b.tokens,
-        answer_log_probs=b.told, critic_values=b.values, truncated=b.truncated, group_size=group_size,
+        answer_log_probs=b.told, critic_values=b.values, truncated=b.truncated,
+        problems=tuple(SimpleNamespace(v_star=v) for v in b.v_star.tolist()),
+        group_size=group_size,
     )  # fmt: skip
 
 
@@ -246,6 +249,15 @@ def test_dividing_an_advantage_is_dividing_its_tokens_weight():
     b, n = make_batch(), 3.0
     expected, _ = spro.policy_loss(b.pi, b.old, b.adv, b.w / n, LOW, HIGH)
     assert_equal(spro.policy_loss(b.pi, b.old, b.adv / n, b.w, LOW, HIGH)[0], expected)
+
+
+def test_the_optimal_advantage_is_the_reward_minus_v_star():
+    b = make_batch()
+    rows = [
+        [r - v for _ in row]
+        for r, v, row in zip(b.rewards.tolist(), b.v_star.tolist(), ragged(b.pi, b.mask), strict=True)
+    ]
+    assert_equal(estimate("a_star", b), padded(rows))
 
 
 def test_a_group_of_equal_rewards_moves_only_what_has_no_baseline_of_outcomes():
@@ -767,7 +779,7 @@ def test_an_estimator_takes_batch_and_algo_and_reads_the_reference_where_it_says
     b, no_reference = make_batch(), make_batch()
     no_reference.ref[:] = math.nan
     ignores = torch.equal(estimate(name, no_reference), estimate(name, b))
-    assert ignores != baselines.needs(name, "reference")
+    assert ignores != (baselines.needs(name, "reference") and name != "a_star")  # whose loss reads it
 
 
 @every_estimator

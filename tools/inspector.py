@@ -38,6 +38,7 @@ from spro import (
     masked_step_advantage,
     process_reward,
 )
+from tasks.problem import Problem
 from torch.nn.utils.rnn import pad_sequence
 
 VIEWS = {
@@ -154,7 +155,7 @@ def read_line(text: bytes) -> dict:
     line |= {name: torch.tensor(line[name], dtype=torch.float64) for name in PER_TOKEN if name in line}
     if {len(line[name]) for name in PER_TOKEN if name in line} - {len(line["token_text"])} or not line["token_text"]:
         raise ValueError("its lists of values per token differ in length")
-    numbers = [line["group"]]
+    numbers = [line["group"], line.get("v_star", 0)]
     numbers += [line[name] for name in ("verdict", "reward") if kept or line[name] is not None]
     if not all(isinstance(x, int | float) for x in numbers):
         raise ValueError("its group, its verdict or its reward is no number")
@@ -180,8 +181,9 @@ def batch_of(kept: list[dict], group_size: int) -> Batch:
         per_token["tokens"] = pad_sequence([torch.tensor(line["id"]) for line in kept], True)
     rewards = torch.tensor([line["reward"] for line in kept], dtype=torch.float64)
     texts = tuple(line["text"] for line in kept)
+    problems = tuple(Problem(line["prompt"], line["reference"], "", v_star=line.get("v_star")) for line in kept)
     per_row = {"truncated": torch.tensor([line["truncated"] for line in kept]), "rewards": rewards, "texts": texts}
-    return Batch(mask=mask, group_size=group_size, **per_row, **per_token)
+    return Batch(mask=mask, group_size=group_size, problems=problems, **per_row, **per_token)
 
 
 def recomputed(batch: Batch, name: str, algo: AlgorithmConfig) -> tuple[torch.Tensor, str]:
