@@ -278,6 +278,17 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
     return state
 
 
+def load_policy(checkpoint: Path, policy) -> None:
+    """Fill a policy's weights and buffers in place, and leave the rest of a checkpoint unread."""
+    weights = {
+        f"policy.model.{name.removeprefix('model.')}": parameter.detach()
+        for name, parameter in policy.named_parameters()
+    }
+    weights |= buffer_tensors({"policy": (policy, None)})
+    with distributed_or_not() as options:
+        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), **options)
+
+
 def resume(
     wanted: bool,
     folder: Path,

@@ -1,18 +1,22 @@
 """The ruler for credit: its statistics against all pairs and ranks written out, its table against sums done here."""
 
 import itertools
+import json
 import math
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from infra.errors import BadInput
-from tools import credit
+from tools import credit, inspector
+from tools.credit_models import RunModels
 
 import chaos
 from conftest import finished
@@ -161,7 +165,7 @@ def test_every_cell_is_the_statistic_of_the_steps_of_all_seeds(tmp_path):
     for seed, lines in dumps.items():
         complete(tmp_path / f"seed{seed}", [*LINES[:G], *lines], seed)
     complete(tmp_path / "other", traced(LINES[G:], 7), 0, advantage="spro_local")
-    text = credit.tables(credit.gathered([tmp_path]), None)
+    text = credit.tables(credit.gathered([tmp_path], None), None)
     assert re.findall(r"^(\S+), (\d) runs?: (\w+)", text, re.M) == [
         (name, n, kind) for name, n in (("spro_local", "1"), ("spro", "2")) for kind in ("AUC", "Spearman")
     ]
@@ -188,7 +192,7 @@ def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
         for name in ("ref_log_prob", "process_log_prob", "answer_log_prob", "value_before", "value_after"):
             del line[name]
     complete(tmp_path / "run", lines, 0, advantage="grpo")
-    (row,) = cells_of(credit.tables(credit.gathered([tmp_path]), None))
+    (row,) = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
     assert [*row] == ["step", "steps", "log-prob", "entropy"]
 
 
@@ -202,7 +206,7 @@ def test_rounding_of_the_dumped_advantages_is_no_step_term(tmp_path):
             line["advantage"] = np.float32(values["outcome"]).tolist()
     complete(tmp_path / "run", first, 0, step=1)
     complete(tmp_path / "run", traced(LINES[G:], 1), 0, step=10)
-    rows = cells_of(credit.tables(credit.gathered([tmp_path]), None))
+    rows = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
     assert [row["step"] for row in rows] == ["1", "10", "1", "10"]
     assert all(rows[0][name] == "0.50 [0.50, 0.50]" for name in ("log-ratio", "CPR", "MSA", "step term"))
     assert rows[1]["step term"] != "0.50 [0.50, 0.50]" and rows[2]["step term"] == "-"
@@ -226,10 +230,10 @@ def test_figures_are_drawn_for_both_tables(tmp_path, capsys, monkeypatch):
 
 def test_runs_that_tell_nothing_are_refused(tmp_path):
     with pytest.raises(BadInput, match="no run in "):
-        credit.gathered([tmp_path])
+        credit.gathered([tmp_path], None)
     complete(tmp_path / "run", LINES, 0)
     with pytest.raises(BadInput, match="no dump of these runs has a step_label or a value_after"):
-        credit.gathered([tmp_path])
+        credit.gathered([tmp_path], None)
 
 
 def test_a_runs_dumps_are_measured_from_the_command_line(tmp_path, warm):
@@ -238,3 +242,96 @@ def test_a_runs_dumps_are_measured_from_the_command_line(tmp_path, warm):
     done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "oracle, 1 run: AUC" in done.stdout and len(cells_of(done.stdout)) == 2
+
+
+# --- with the runs' models ----------------------------------------------------------------------------------------
+
+ALL_KEPT = ["train.steps=3", "train.dump_every=1", "train.save_every=1", "train.keep_checkpoints=9"]
+
+
+def dumped(folder, step: int) -> list[dict]:
+    """The lines of a step's responses that were learned from."""
+    text = (folder / "samples" / f"step_{step:06d}.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if "advantage" in line]
+
+
+def completed(folder, continuations: int, step: int, *without: str) -> list[dict]:
+    """A step's lines as the run's models complete them, after some of their keys have been taken out."""
+    _, _, groups = inspector.read_step(folder, step)
+    lines = [line for siblings in groups.values() for line in siblings if "advantage" in line]
+    for line in lines:
+        for key in without:
+            del line[key]
+    RunModels(folder, continuations).complete(step, lines)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def vine(tmp_path_factory, warm):
+    folder = tmp_path_factory.mktemp("credit") / "vine"
+    finished(folder, warm, *ALL_KEPT, "algorithm.advantage=vine", "values.continuations=3", "algorithm.line_end=;")
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_values_made_afterwards_are_those_that_training_had(vine, step):
+    """The policy that wrote the step, the same luck: bit for bit what the run itself found."""
+    lines = completed(vine, 3, step, "value_before", "value_after", "step_id")
+    expected = dumped(vine, step)
+    assert lines
+    for key in ("value_before", "value_after", "step_id"):
+        assert [line[key].tolist() for line in lines] == [line[key] for line in expected], key
+
+
+def test_log_probs_made_afterwards_are_those_that_training_had(tmp_path, warm):
+    finished(tmp_path / "spro", warm, *ALL_KEPT)
+    for step in (1, 3):
+        lines = completed(tmp_path / "spro", 1, step, "ref_log_prob")
+        for line, expected in zip(lines, dumped(tmp_path / "spro", step), strict=True):
+            assert line["ref_log_prob"].tolist() == pytest.approx(expected["ref_log_prob"], abs=1e-5)
+    finished(tmp_path / "oppo", warm, *ALL_KEPT, "algorithm.advantage=oppo")
+    lines = completed(tmp_path / "oppo", 1, 3, "answer_log_prob")
+    for line, expected in zip(lines, dumped(tmp_path / "oppo", 3), strict=True):
+        ratio = [a - b for a, b in zip(expected["answer_log_prob"], expected["log_prob"], strict=True)]
+        assert line["answer_log_ratio"].tolist() == pytest.approx(ratio, abs=1e-5)
+
+
+def test_a_policy_that_was_not_saved_is_replaced_by_the_nearest_one_and_that_is_said(vine, tmp_path, capsys):
+    copy = shutil.copytree(vine, tmp_path / "copy")
+    models = RunModels(copy, 1)
+    models.policy_before(3)
+    assert capsys.readouterr().err == ""
+    for step in (1, 2):
+        shutil.rmtree(copy / "checkpoints" / f"step_{step:06d}")
+    taken = models.policy_before(3)
+    assert "the policy of step 3's responses was not saved; taking that after step 3" in capsys.readouterr().err
+    last = models.loaded(copy / "model")
+    assert all(torch.equal(a, b) for a, b in zip(taken.parameters(), last.parameters(), strict=True))
+
+
+def test_a_run_of_grpo_gets_both_tables_and_all_that_its_models_say(tmp_path, warm):
+    finished(tmp_path / "run", warm, *ALL_KEPT, "algorithm.advantage=grpo", "algorithm.line_end=;")
+    script = [sys.executable, "-m", "tools.credit", str(tmp_path / "run"), "--continuations", "2"]
+    done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    of_steps = cells_of(done.stdout)
+    assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 2
+    assert all({"log-ratio", "CPR", "MSA", "log-prob", "entropy", "answer"} <= row.keys() for row in of_steps)
+
+
+def test_models_of_other_problems_or_of_a_tree_are_refused(vine, tmp_path):
+    copy = shutil.copytree(vine, tmp_path / "copy")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(config | {"seed": config["seed"] + 1}))
+    with pytest.raises(BadInput, match=r"is not among those that its config\.yaml gives now"):
+        completed(copy, 1, 2, "value_before", "value_after")
+    config["algorithm"]["advantage"] = "tree_rpo"
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(BadInput, match="edges"):
+        RunModels(copy, 1)
+
+
+def test_no_continuations_are_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["credit", str(tmp_path), "--continuations", "0"])
+    with pytest.raises(BadInput, match="--continuations 0: give a number from 1 on"):
+        credit.main()

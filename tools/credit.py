@@ -1,6 +1,6 @@
-"""Does the step term know where a response went wrong? A table of AUCs from the dumps of runs, without their models.
+"""Does the step term know where a response went wrong? A table of AUCs from the dumps of runs.
 
-    python -m tools.credit RUN ... [--out FOLDER]
+    python -m tools.credit RUN ... [--continuations K] [--out FOLDER]
 
 RUN is a run folder, or a folder with runs in it; runs are pooled as tools.report groups them. Where a task verifies its
 steps, the dumps say of each step whether it is right or the response's first wrong one. A scorer gives every step a
@@ -16,8 +16,9 @@ which is which, 0.5 knows nothing. Scorers, of the tokens of a step:
     answer      log-ratio of the policy that is told the answer to the policy, summed
 
 Where the dumps hold Monte-Carlo values, a second table has each scorer's rank correlation (Spearman) with the step's
-Monte-Carlo advantage, its value after minus before. Intervals are 95 %, by a bootstrap over groups of siblings: over
-further prompts of these runs, not over further runs.
+Monte-Carlo advantage, its value after minus before. With --continuations the runs' models add what the dumps lack:
+Monte-Carlo values, of K continuations each, and the log-probs that a scorer needs. Intervals are 95 %, by a bootstrap
+over groups of siblings: over further prompts of these runs, not over further runs.
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
@@ -34,6 +35,7 @@ from infra.errors import BadInput, Parser, optional
 from infra.processes import command_line
 
 from tools import inspector, report
+from tools.credit_models import RunModels
 
 RESAMPLES = 1000
 SCORERS = {  # name: (the values of the tokens, what makes one number of those of a step)
@@ -52,16 +54,21 @@ ROUNDING = 1e-5  # of the advantages, which training computes in fp32
 def parser() -> Parser:
     parser = Parser(prog="-m tools.credit", description="Which quantities know where a response went wrong.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder with runs in it")
+    parser.add_argument(
+        "--continuations", type=int, metavar="K", help="load the runs' models, for values of K continuations (off)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write table and figures there (needs matplotlib)")
     return parser
 
 
 def main() -> None:
     args = parser().parse_args()
+    if args.continuations is not None and args.continuations < 1:
+        raise BadInput(f"--continuations {args.continuations}: give a number from 1 on")
     if args.out:
         optional("matplotlib", "matplotlib")  # now, not after the reading
         args.out.mkdir(parents=True, exist_ok=True)
-    text = tables(gathered(args.runs), args.out)
+    text = tables(gathered(args.runs, args.continuations), args.out)
     print(text)
     if args.out:
         (args.out / "credit.md").write_text(text + "\n")
@@ -159,9 +166,9 @@ class Steps:
 ByStep = dict[int, Steps]  # by RL step
 
 
-def gathered(paths: list[Path]) -> dict[str, dict[str, ByStep]]:
-    """The steps in the dumps of all runs among and below `paths`, by the name of their config and by kind. Raises
-    BadInput where there are none.
+def gathered(paths: list[Path], continuations: int | None) -> dict[str, dict[str, ByStep]]:
+    """The steps in the dumps of all runs among and below `paths`, by the name of their config and by kind; with
+    `continuations`, with what the runs' models add. Raises BadInput where there are none.
     """
     runs = [report.read_run(folder) for folder in report.find_runs(paths)]
     named = report.grouped([run for run in runs if run.config])
@@ -171,22 +178,25 @@ def gathered(paths: list[Path]) -> dict[str, dict[str, ByStep]]:
     for name, members in named.items():
         by_kind = {kind: defaultdict(Steps) for kind in KINDS}
         for number, run in enumerate(members):
-            for step, line in learned_from(run.folder):
+            for step, line in learned_from(run.folder, continuations):
                 add_line({kind: by_step[step] for kind, by_step in by_kind.items()}, line, (number, line["group"]))
         found[f"{name}, {len(members)} run{'s' * (len(members) > 1)}"] = by_kind
     if not any(steps.truth for kinds in found.values() for by_step in kinds.values() for steps in by_step.values()):
         raise BadInput(
             "no dump of these runs has a step_label or a value_after: the first is there where the task verifies its "
-            "steps, the second where the estimator takes Monte-Carlo values (docs/credit.md)"
+            "steps, the second where the estimator takes Monte-Carlo values, or with --continuations (docs/credit.md)"
         )
     return found
 
 
-def learned_from(run: Path) -> Iterator[tuple[int, dict]]:
+def learned_from(run: Path, continuations: int | None) -> Iterator[tuple[int, dict]]:
     """(RL step, line) of every response in a run's dumps that was learned from, with its terms as `values`."""
+    models = RunModels(run, continuations) if continuations else None
     for number in inspector.dumped_steps(run):
         config, step, groups = inspector.read_step(run, number)
         lines = [line for siblings in groups.values() for line in siblings if "advantage" in line]
+        if models:
+            models.complete(step, lines)
         inspector.with_terms(lines, config)
         for line in lines:
             yield step, line
@@ -223,7 +233,9 @@ def token_values(line: dict) -> dict[str, torch.Tensor]:
     values["step_term"] = ((values["advantage"] - values["outcome"]) / ROUNDING).round() * ROUNDING
     if "process_log_prob" in line and "ref_log_prob" in line:
         values["prm_log_ratio"] = line["process_log_prob"] - line["ref_log_prob"]
-    if "answer_log_prob" in line:
+    if "answer_log_ratio" in line:
+        values["answer_log_ratio"] = line["answer_log_ratio"]
+    elif "answer_log_prob" in line:
         values["answer_log_ratio"] = line["answer_log_prob"] - line["log_prob"]
     return values
 

@@ -1,0 +1,131 @@
+"""What the dumps of a run lack, from its models.
+
+The reference's log-probs, those of the policy that is told the answer, and Monte-Carlo values.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import data
+import model
+import torch
+from baselines import answer, needs, steps, values
+from baselines.supervised import start_path
+from infra.checkpoints import load_policy
+from infra.config import all_keys, build_config, saved_config
+from infra.errors import BadInput
+from infra.processes import choose_threads
+from infra.rng import Draw
+from model import Policy
+from rewards import Grader, Verdict
+from spro import Batch
+from tasks.problem import Problem
+from train import Config
+
+from tools import inspector
+
+
+class RunModels:
+    """The models of one run, and the problems that it asked."""
+
+    def __init__(self, run: Path, continuations: int):
+        """Raises BadInput where the run's config cannot be read, or its samples are no responses."""
+        self.run, self.continuations = run, continuations
+        self.config = build_config(Config, saved_config(run), all_keys(Config))
+        if needs(self.config.algorithm.advantage, "tree"):
+            raise BadInput(f"{run}: samples of algorithm.advantage=tree_rpo are edges, no responses to be valued")
+        self.grader = Grader(self.config.reward)
+
+    @cached_property
+    def start(self) -> Path:
+        return Path(start_path(self.config, self.run))
+
+    @cached_property
+    def reference(self) -> Policy:
+        return self.loaded(self.start)
+
+    @cached_property
+    def problems(self) -> dict[str, Problem]:
+        """Those that were trained on, by what a dump says of them."""
+        problems, _ = data.load_problems(self.config.data, self.config.seed, self.grader)
+        return {identity(problem.prompt, problem.reference): problem for problem in problems}
+
+    def loaded(self, path: Path) -> Policy:
+        policy = model.freeze(model.load(path, self.config.model.attention))
+        choose_threads(policy.num_parameters())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        policy.device = device
+        return policy.to(device)
+
+    def policy_before(self, step: int) -> Policy:
+        """The policy that wrote the responses of a step, or that of the nearest step that was saved, which is said."""
+        saved = {0: self.start}
+        saved |= {int(folder.name[5:]): folder for folder in (self.run / "checkpoints").glob("step_*[0-9]")}
+        if (self.run / "model").is_dir():
+            saved[self.config.train.steps] = self.run / "model"
+        nearest = min(saved, key=lambda number: (abs(number - (step - 1)), number))
+        if nearest != step - 1:
+            print(
+                f"{self.run}: the policy of step {step}'s responses was not saved; taking that after step {nearest}. "
+                "train.save_every=1 and train.keep_checkpoints keep all",
+                file=sys.stderr,
+            )
+        is_checkpoint = "checkpoints" in saved[nearest].parts[-2:]
+        policy = self.loaded(self.start if is_checkpoint else saved[nearest])
+        if is_checkpoint:
+            load_policy(saved[nearest], policy)
+        return policy
+
+    def complete(self, step: int, lines: list[dict]) -> None:
+        """Add what a step's lines lack, in place: those of whole groups that were learned from, in their order."""
+        if not lines:
+            return
+        policy, config = self.policy_before(step), self.config
+        batch = self.batch_of(lines, policy)
+        how = (config.sample.temperature, config.train.micro_batch_tokens)
+        if "ref_log_prob" not in lines[0]:
+            log_probs, _ = model.batch_log_probs(self.reference, batch, *how)
+            add(lines, ref_log_prob=log_probs)
+        can_be_told = all(isinstance(problem.reference, str | int | float) for problem in batch.problems)
+        if "answer_log_prob" not in lines[0] and can_be_told:
+            told = answer.scored(policy, batch, config).answer_log_probs
+            untold, _ = model.batch_log_probs(policy, batch, *how)
+            add(lines, answer_log_ratio=told - untold)
+        if "value_after" not in lines[0]:
+            numbers = steps.step_ids(batch, policy.tokenizer, config.algorithm)
+            key = (config.seed, Draw.CONTINUE, step)
+            before, after, _ = values.continue_prefixes(
+                policy, batch, numbers, self.continuations, config.sample, self.grader, key
+            )
+            add(lines, step_id=numbers, value_before=before, value_after=after)
+
+    def batch_of(self, lines: list[dict], policy: Policy) -> Batch:
+        """The responses behind their prompts, with what was asked and the verdicts. Raises BadInput where a problem is
+        not among the run's.
+        """
+        asked = [self.problems.get(identity(line["prompt"], line["reference"])) for line in lines]
+        if None in asked:
+            raise BadInput(
+                f"{self.run}: the problem {lines[asked.index(None)]['prompt'][:60]!r} is not among those that its "
+                "config.yaml gives now: bring back the data"
+            )
+        G = self.config.sample.group_size
+        how = (sys.maxsize, self.config.data.chat_template, policy.known_ids)
+        _, prompts = data.encode_prompts(asked[::G], policy.tokenizer, *how)
+        verdicts = tuple(Verdict(line["verdict"], line["reason"]) for line in lines)
+        batch = replace(inspector.batch_of(lines, G), problems=tuple(asked), verdicts=verdicts)
+        return answer.behind(batch, [ids for ids in prompts for _ in range(G)])
+
+
+def identity(prompt: str, reference) -> str:
+    """What tells the problems of a run apart."""
+    return json.dumps([prompt, reference], sort_keys=True)
+
+
+def add(lines: list[dict], **fields: torch.Tensor) -> None:
+    """Add to each line its row of every field [B, T], in float64 as the rest of a line is."""
+    for i, line in enumerate(lines):
+        line |= {name: values[i, : len(line["token_text"])].double() for name, values in fields.items()}
