@@ -144,3 +144,15 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(tmp_path, c
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_further_warm_starts_come_from_other_seeds(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "plan", lambda files, overrides, out, pairs: asked.append(pairs) or ({}, {}))
+    for more in ([], ["--first-warm-start", "7"]):
+        monkeypatch.setattr(sys, "argv", ["sweep", *configs(tmp_path), "--warm-starts", "2", "--seeds", "2", *more])
+        sweep.main()
+    assert asked == [[(0, 0), (1, 1000), (0, 1), (1, 1001)], [(7, 7000), (8, 8000), (7, 7001), (8, 8001)]]
+    monkeypatch.setattr(sys, "argv", ["sweep", *configs(tmp_path), "--first-warm-start", "-1"])
+    with pytest.raises(BadInput, match="--first-warm-start -1"):
+        sweep.main()

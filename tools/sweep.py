@@ -102,6 +102,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.yaml | key=value")
     parser.add_argument("--seeds", type=int, default=5, help="runs of a config from each warm start (5)")
     parser.add_argument("--warm-starts", type=int, default=1, help="warm starts, each from its own seed (1)")
+    parser.add_argument(
+        "--first-warm-start", type=int, default=0, help="their first seed: rates chosen on some hold on others (0)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (1)")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="the folder of the runs (runs/sweep)")
     args = parser.parse_intermixed_args()
@@ -110,12 +113,15 @@ def main() -> None:
         raise BadInput("give at least one config, each under another file name: folders are named after them")
     if min(args.seeds, args.warm_starts, args.jobs) < 1 or args.seeds > SEEDS_APART:
         raise BadInput(f"--seeds, --warm-starts and --jobs must be at least 1, and --seeds at most {SEEDS_APART}")
+    if args.first_warm_start < 0:
+        raise BadInput(f"--first-warm-start {args.first_warm_start}: a seed is 0 or more")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pairs = [(w, SEEDS_APART * w + s) for s in range(args.seeds) for w in range(args.warm_starts)]
-    runs, warm_starts = plan(files, overrides, args.out, pairs)
+    warm_starts = range(args.first_warm_start, args.first_warm_start + args.warm_starts)
+    pairs = [(w, SEEDS_APART * w + s) for s in range(args.seeds) for w in warm_starts]
+    runs, starts = plan(files, overrides, args.out, pairs)
     print(f"{len(pairs) * len(files)} runs in {args.out}, {len(runs)} of them to be made", flush=True)
     try:  # where a warm start failed, so will the runs that need it, and name it
-        failed = run_all(warm_starts, args.jobs, "warm starts") + run_all(runs, args.jobs, "runs")
+        failed = run_all(starts, args.jobs, "warm starts") + run_all(runs, args.jobs, "runs")
     except KeyboardInterrupt:
         raise RunStopped("what was under way is saved; the same command goes on", EXIT_STOPPED) from None
     if failed:
