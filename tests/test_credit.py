@@ -262,7 +262,7 @@ def completed(folder, continuations: int, step: int, *without: str) -> list[dict
     for line in lines:
         for key in without:
             del line[key]
-    RunModels(folder, continuations).complete(step, lines)
+    RunModels(folder).complete(step, lines, continuations)
     return lines
 
 
@@ -298,7 +298,7 @@ def test_log_probs_made_afterwards_are_those_that_training_had(tmp_path, warm):
 
 def test_a_policy_that_was_not_saved_is_replaced_by_the_nearest_one_and_that_is_said(vine, tmp_path, capsys):
     copy = shutil.copytree(vine, tmp_path / "copy")
-    models = RunModels(copy, 1)
+    models = RunModels(copy)
     models.policy_before(3)
     assert capsys.readouterr().err == ""
     for step in (1, 2):
@@ -328,7 +328,7 @@ def test_models_of_other_problems_or_of_a_tree_are_refused(vine, tmp_path):
     config["algorithm"]["advantage"] = "tree_rpo"
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(BadInput, match="edges"):
-        RunModels(copy, 1)
+        completed(copy, 1, 2)
 
 
 def test_no_continuations_are_not_asked_for(tmp_path, monkeypatch):

@@ -191,12 +191,12 @@ def gathered(paths: list[Path], continuations: int | None) -> dict[str, dict[str
 
 def learned_from(run: Path, continuations: int | None) -> Iterator[tuple[int, dict]]:
     """(RL step, line) of every response in a run's dumps that was learned from, with its terms as `values`."""
-    models = RunModels(run, continuations) if continuations else None
+    models = RunModels(run) if continuations else None
     for number in inspector.dumped_steps(run):
         config, step, groups = inspector.read_step(run, number)
         lines = [line for siblings in groups.values() for line in siblings if "advantage" in line]
         if models:
-            models.complete(step, lines)
+            models.complete(step, lines, continuations)
         inspector.with_terms(lines, config)
         for line in lines:
             yield step, line

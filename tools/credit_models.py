@@ -31,12 +31,10 @@ from tools import inspector
 class RunModels:
     """The models of one run, and the problems that it asked."""
 
-    def __init__(self, run: Path, continuations: int):
-        """Raises BadInput where the run's config cannot be read, or its samples are no responses."""
-        self.run, self.continuations = run, continuations
+    def __init__(self, run: Path):
+        """Raises BadInput where the run's config cannot be read."""
+        self.run = run
         self.config = build_config(Config, saved_config(run), all_keys(Config))
-        if needs(self.config.algorithm.advantage, "tree"):
-            raise BadInput(f"{run}: samples of algorithm.advantage=tree_rpo are edges, no responses to be valued")
         self.grader = Grader(self.config.reward)
 
     @cached_property
@@ -79,10 +77,15 @@ class RunModels:
             load_policy(saved[nearest], policy)
         return policy
 
-    def complete(self, step: int, lines: list[dict]) -> None:
-        """Add what a step's lines lack, in place: those of whole groups that were learned from, in their order."""
+    def complete(self, step: int, lines: list[dict], continuations: int) -> None:
+        """Add what a step's lines lack, in place: those of whole groups that were learned from, in their order.
+
+        Raises BadInput where a line is no response, but an edge of a tree.
+        """
         if not lines:
             return
+        if needs(self.config.algorithm.advantage, "tree"):
+            raise BadInput(f"{self.run}: samples of algorithm.advantage=tree_rpo are edges, no responses to be valued")
         policy, config = self.policy_before(step), self.config
         batch = self.batch_of(lines, policy)
         how = (config.sample.temperature, config.train.micro_batch_tokens)
@@ -98,7 +101,7 @@ class RunModels:
             numbers = steps.step_ids(batch, policy.tokenizer, config.algorithm)
             key = (config.seed, Draw.CONTINUE, step)
             before, after, _ = values.continue_prefixes(
-                policy, batch, numbers, self.continuations, config.sample, self.grader, key
+                policy, batch, numbers, continuations, config.sample, self.grader, key
             )
             add(lines, step_id=numbers, value_before=before, value_after=after)
 

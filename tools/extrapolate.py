@@ -1,0 +1,120 @@
+"""Is there more where training went? Accuracy of softmax(z + gamma (z - z_ref)), from a run's policy and reference.
+
+    python -m tools.extrapolate RUN ... [--gammas=-0.5,0,0.5,1,2] [--limit N]
+
+z are the policy's logits and z_ref its reference's: gamma 0 is the policy, -1 the reference, and above 0 decoding goes
+on along log pi - log pi_ref, the direction of the process reward. Held-out prompts of the run at its own temperature,
+each with the same luck for every gamma. (After "On the direction of RLVR updates", arXiv 2603.22117.) 95 % intervals
+are Wilson's, over prompts.
+"""
+
+from infra import preflight  # noqa: F401  # isort: skip  (first of all)
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from data import encode_prompts, load_problems
+from infra.errors import BadInput, Parser
+from infra.processes import command_line
+from infra.rng import Draw
+from model import Policy
+from rewards.benchmark_metrics import wilson_interval
+from sample import context_left, sample
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from tools.credit_models import RunModels
+
+GAMMAS = "-0.5,0,0.25,0.5,1,2"
+
+
+class Extrapolate(LogitsProcessor):
+    """Moves the policy's logits [b, V] away from those that the reference gives for the same text, gamma times."""
+
+    def __init__(self, reference: Policy, attention_mask: torch.Tensor, gamma: float):
+        self.reference, self.attention_mask, self.gamma = reference, attention_mask, gamma
+        self.cache = None  # of the reference, over the tokens that it has read
+
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ref_logits = self.reference_logits(input_ids)
+        return logits + self.gamma * (logits - ref_logits.to(logits))
+
+    @torch.no_grad()
+    def reference_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        width = input_ids.shape[1]
+        written = width - self.attention_mask.shape[1]  # rows that have ended get padding, which nobody reads
+        mask = torch.nn.functional.pad(self.attention_mask, (0, written), value=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        unread = input_ids if self.cache is None else input_ids[:, -1:]
+        out = self.reference.model(
+            input_ids=unread,
+            attention_mask=mask,
+            position_ids=positions[:, -unread.shape[1] :],
+            use_cache=True,
+            **{self.reference.cache_argument: self.cache},
+        )
+        self.cache = getattr(out, self.reference.cache_argument)
+        return out.logits[:, -1]
+
+
+class ExtrapolatedModel:
+    """Generates as the policy does, but from extrapolated logits."""
+
+    def __init__(self, policy: Policy, reference: Policy, gamma: float):
+        self.policy, self.reference, self.gamma = policy, reference, gamma
+
+    def generate(self, ids, *, attention_mask, logits_processor, **how) -> torch.Tensor:
+        moved = Extrapolate(self.reference, attention_mask, self.gamma)
+        chosen = LogitsProcessorList([moved, *logits_processor])  # first move, then choose
+        return self.policy.model.generate(ids, attention_mask=attention_mask, logits_processor=chosen, **how)
+
+
+def right_answers(models: RunModels, gammas: list[float], limit: int | None) -> tuple[list[int], int]:
+    """(right held-out answers for each gamma, answers that have a verdict) of a finished run.
+
+    Raises BadInput where the run has no trained model, or the limit more prompts than it has.
+    """
+    config = models.config
+    if not (models.run / "model").is_dir():
+        raise BadInput(f"{models.run}/model is not there: the run's training has not ended")
+    policy = models.loaded(models.run / "model")
+    longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
+    _, held_out = load_problems(config.data, config.seed, models.grader)
+    problems, prompts = encode_prompts(held_out, policy.tokenizer, longest, config.data.chat_template, policy.known_ids)
+    n = config.eval.prompts if limit is None else limit
+    if not 1 <= n <= len(prompts):
+        raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")
+    how = replace(config.sample, decoding="plain")  # whose loop takes other logits processors
+    keys = [(config.seed, Draw.EVALUATE, i) for i in range(n)]
+    right = []
+    for gamma in gammas:
+        policy.twin = [ExtrapolatedModel(policy, models.reference, gamma)]
+        batch = sample(policy, prompts[:n], keys, how, group_size=1)
+        verdicts = models.grader.grade(list(zip(problems[:n], batch.texts, strict=True)))
+        right.append(sum((verdict.score or 0) > 0.5 for verdict in verdicts))
+    return right, n
+
+
+def main() -> None:
+    parser = Parser(prog="-m tools.extrapolate", description="Accuracy beyond the policy, along its log-ratio.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    parser.add_argument("--gammas", default=GAMMAS, help=f"as --gammas=A,B,... ({GAMMAS})")
+    parser.add_argument("--limit", type=int, help="held-out prompts of a run (its eval.prompts)")
+    args = parser.parse_args()
+    try:
+        gammas = [float(text) for text in args.gammas.split(",")]
+    except ValueError:
+        raise BadInput(f"--gammas={args.gammas}: give numbers with commas between them") from None
+    print(f"| run | n | {' | '.join(f'{gamma:g}' for gamma in gammas)} |")
+    print("| --- " * (2 + len(gammas)) + "|")
+    for run in args.runs:
+        right, n = right_answers(RunModels(run), gammas, args.limit)
+        cells = []
+        for count in right:
+            low, high = wilson_interval(count, n)
+            cells.append(f"{count / n:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"| {run.parent.name}/{run.name} | {n} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)
