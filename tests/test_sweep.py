@@ -11,8 +11,10 @@ from pathlib import Path
 import infra.errors
 import pytest
 import yaml
+from infra.config import read_config
 from infra.errors import BadInput
 from tools import sweep
+from train import Config
 
 import chaos
 from conftest import TINY
@@ -80,7 +82,7 @@ def test_a_sweep_that_is_cut_goes_on_and_a_finished_one_is_left_alone(tmp_path):
 
 
 def planned(folder: Path, *overrides: str, pairs=((0, 0), (1, 1000))):
-    return sweep.plan(configs(folder), [*QUICK, *overrides], folder / "out", list(pairs))
+    return sweep.plan(sweep.rows_of(configs(folder), [*QUICK, *overrides], None), folder / "out", list(pairs))
 
 
 def path_of(arguments: list[str]) -> str:
@@ -148,7 +150,7 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_not_started_twice(tmp_path, c
 
 def test_further_warm_starts_come_from_other_seeds(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(sweep, "plan", lambda files, overrides, out, pairs: asked.append(pairs) or ({}, {}))
+    monkeypatch.setattr(sweep, "plan", lambda rows, out, pairs: asked.append(pairs) or ({}, {}))
     for more in ([], ["--first-warm-start", "7"]):
         monkeypatch.setattr(sys, "argv", ["sweep", *configs(tmp_path), "--warm-starts", "2", "--seeds", "2", *more])
         sweep.main()
@@ -156,3 +158,17 @@ def test_further_warm_starts_come_from_other_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep", *configs(tmp_path), "--first-warm-start", "-1"])
     with pytest.raises(BadInput, match="--first-warm-start -1"):
         sweep.main()
+
+
+def test_every_config_runs_with_every_value_from_the_same_warm_start(tmp_path):
+    rows = sweep.rows_of(configs(tmp_path), ["train.steps=6"], "train.learning_rate=1e-4,3e-4")
+    assert [*rows] == ["spro-1e-4", "spro-3e-4", "grpo-1e-4", "grpo-3e-4"]
+    runs, warm_starts = sweep.plan(rows, tmp_path / "out", [(0, 0)])
+    assert len(warm_starts) == 1
+    for name, arguments in zip(rows, runs.values(), strict=True):
+        config = read_config(Config, arguments, None)
+        estimator, _, rate = name.partition("-")
+        assert config.algorithm.advantage == estimator and config.train.learning_rate == float(rate)
+        assert config.train.steps == 6
+    with pytest.raises(BadInput, match=r"--over train\.learning_rate: give KEY=VALUE"):
+        sweep.rows_of(configs(tmp_path), [], "train.learning_rate")

@@ -181,7 +181,7 @@ def test_a_sweep_warms_a_loaded_model_up_once_for_all_its_configs(chat_model, tm
     for name in ("spro", "grpo"):
         (tmp_path / f"{name}.yaml").write_text(f"algorithm: {{advantage: {name}}}\n")
         files.append(str(tmp_path / f"{name}.yaml"))
-    runs, warm_starts = sweep.plan(files, settings, tmp_path / "out", [(0, 0), (0, 1)])
+    runs, warm_starts = sweep.plan(sweep.rows_of(files, settings, None), tmp_path / "out", [(0, 0), (0, 1)])
     assert len(runs) == 4 and len(warm_starts) == 1
     (start,) = warm_starts
     for chosen in runs.values():

@@ -42,19 +42,33 @@ def finished(config: Config) -> bool:
     return not changed and steps == config.train.steps and (folder / "model").exists()
 
 
-def plan(files: list[str], overrides: list[str], out: Path, pairs: list[tuple[int, int]]) -> tuple[dict, dict]:
+def rows_of(files: list[str], overrides: list[str], over: str | None) -> dict[str, list[str]]:
+    """{name: arguments of train.py} of what is compared: the configs, or with `over` each with each of its values."""
+    if over is None:
+        return {Path(file).stem: [file, *overrides] for file in files}
+    key, _, values = over.partition("=")
+    if not values:
+        raise BadInput(f"--over {over}: give KEY=VALUE,VALUE,...")
+    return {
+        f"{Path(file).stem}-{value}": [file, *overrides, f"{key}={value}"]
+        for file in files
+        for value in values.split(",")
+    }
+
+
+def plan(rows: dict[str, list[str]], out: Path, pairs: list[tuple[int, int]]) -> tuple[dict, dict]:
     """The runs to be made, {folder: arguments of train.py}, and the like of the warm starts that these need."""
     runs, warm_starts = {}, {}
     decisive = tuple(keys_where(Config, "warm_start"))
-    for (warm, seed), file in ((pair, file) for pair in pairs for file in files):
-        folder, arguments = str(out / Path(file).stem / f"warm{warm}-seed{seed}"), [file, *overrides, f"seed={seed}"]
+    for (warm, seed), name in ((pair, name) for pair in pairs for name in rows):
+        folder, arguments = str(out / name / f"warm{warm}-seed{seed}"), [*rows[name], f"seed={seed}"]
         config = read_config(Config, arguments, None)
         if config.warms_up:
             settings = {key: value for key, value in flat(to_dict(config)).items() if key.startswith(decisive)}
             start = out / "warm_starts" / f"{zlib.crc32(json.dumps(settings).encode()):08x}-seed{warm}"
             model = f"{start}/warm_start/model"
             if not Path(model).exists():
-                warm_starts[str(start)] = [file, *overrides, f"seed={warm}", "train.steps=1", "overwrite=true"]
+                warm_starts[str(start)] = [*rows[name], f"seed={warm}", "train.steps=1", "overwrite=true"]
             arguments += [f"model.path={model}", "train.warm_start=scratch"]
             config = read_config(Config, arguments, None)
         config.run_dir = folder
@@ -105,6 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--first-warm-start", type=int, default=0, help="their first seed: rates chosen on some hold on others (0)"
     )
+    parser.add_argument("--over", metavar="KEY=A,B,...", help="each config with each value: <config>-<value>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (1)")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="the folder of the runs (runs/sweep)")
     args = parser.parse_intermixed_args()
@@ -118,8 +133,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warm_starts = range(args.first_warm_start, args.first_warm_start + args.warm_starts)
     pairs = [(w, SEEDS_APART * w + s) for s in range(args.seeds) for w in warm_starts]
-    runs, starts = plan(files, overrides, args.out, pairs)
-    print(f"{len(pairs) * len(files)} runs in {args.out}, {len(runs)} of them to be made", flush=True)
+    rows = rows_of(files, overrides, args.over)
+    runs, starts = plan(rows, args.out, pairs)
+    print(f"{len(pairs) * len(rows)} runs in {args.out}, {len(runs)} of them to be made", flush=True)
     try:  # where a warm start failed, so will the runs that need it, and name it
         failed = run_all(starts, args.jobs, "warm starts") + run_all(runs, args.jobs, "runs")
     except KeyboardInterrupt:
