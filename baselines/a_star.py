@@ -122,8 +122,9 @@ def with_values(
     rows = keep_rows(file, lambda row: row["of"] == origin)
     values = {i: v for row in rows for i, v in zip(row["prompts"], row["v_star"], strict=True)}
     missing = new_prompts(config, len(problems), set(values))
-    for chosen, found in sampled_values(config, reference, train_set, grader, missing):
-        append_line(file, {"of": origin, "prompts": chosen, "v_star": found})
+    for chosen, found, tokens in sampled_values(config, reference, train_set, grader, missing):
+        line = {"of": origin, "prompts": chosen, "v_star": found, "tokens": tokens}
+        append_line(file, line)
         values |= zip(chosen, found, strict=True)
     problems = list(problems)
     for i, value in values.items():
@@ -133,9 +134,9 @@ def with_values(
 
 def sampled_values(
     config, reference: Policy, train_set, grader: Grader, missing: list[list[int]]
-) -> Iterator[tuple[list[int], list[float]]]:
-    """(numbers of problems, their V*), one list of `missing` after the other. Raises RunStopped
-    where the run is told to stop.
+) -> Iterator[tuple[list[int], list[float], int]]:
+    """(numbers of problems, their V*, tokens sampled for them), one list of `missing` after the
+    other. Raises RunStopped where the run is told to stop.
     """
     if not missing:
         return
@@ -146,8 +147,8 @@ def sampled_values(
         for chosen in counted(missing, "step"):
             restart_watchdog(config.train.timeout_minutes)
             asked = [problems[i] for i in chosen], [prompts[i] for i in chosen]
-            rewards = rewards_of(reference, *asked, chosen, grader, config)
-            yield chosen, optimal_values(rewards, config.a_star.beta).tolist()
+            rewards, tokens = rewards_of(reference, *asked, chosen, grader, config)
+            yield chosen, optimal_values(rewards, config.a_star.beta).tolist(), tokens
             if stop_requested():
                 raise RunStopped(
                     "told to stop while V* was made; resume=true goes on there", EXIT_STOPPED
@@ -168,8 +169,9 @@ def new_prompts(config, size: int, known: set[int]) -> list[list[int]]:
 
 def rewards_of(
     reference: Policy, problems: list, prompts: list, numbers: list[int], grader: Grader, config
-) -> torch.Tensor:
-    """Rewards [prompts, N] of responses that the reference gives; NaN without a verdict.
+) -> tuple[torch.Tensor, int]:
+    """(rewards [prompts, N] of responses that the reference gives, NaN without a verdict; the
+    tokens of these responses).
 
     Their luck depends on the problems' numbers in the training set. Raises RunStopped where a
     problem has no verdict at all, and so no V*.
@@ -188,4 +190,4 @@ def rewards_of(
             f"no response of the reference to training prompt {numbers[without[0]]} has a verdict, "
             f"and so there is no V*: {verdict.reason}"
         )
-    return rewards
+    return rewards, int(batch.mask.sum())

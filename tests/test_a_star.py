@@ -280,6 +280,7 @@ def test_dumped_advantages_are_rewards_minus_the_v_star_of_the_run_folder(straig
     known = {v for line in lines for v in line["v_star"]}
     rows = [json.loads(line) for line in (folder / "samples" / "step_000004.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and len(lines) == 4
+    assert all(3 * 4 < line["tokens"] <= 3 * 4 * 14 for line in lines)  # 3 responses to each of 4 prompts
     for row in rows:
         assert row["v_star"] in known
         assert row["advantage"] == pytest.approx([row["reward"] - row["v_star"]] * len(row["id"]), abs=1e-6)

@@ -33,6 +33,7 @@ def made(folder: Path, accuracy, warm: str = "", seed: int = 0, rows: int = STEP
     with (folder / "metrics.jsonl").open("w") as out:
         for step in range(rows):
             row = {"step": step, "entropy": 0.1 / (step + 1), "response_length/mean": 50.0, "time/step": 2.0}
+            row["tokens_per_second"] = 50_000.0 + seed  # 100,000 a step, and 2 more for each seed
             row = row if step else {"step": 0}
             if step % 5 == 0:
                 row |= {"eval/accuracy": accuracy(step), "eval/response_length": 60.0 - step}
@@ -89,10 +90,15 @@ def test_every_cell_is_the_sum_written_out(tmp_path):
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
     entropy = statistics.mean(0.1 / (step + 1) for step in range(6, 11))
+    tokens = [(1e6 + 20 * seed) / 1e6 for seed in (0, 1, 2, 1000, 1001, 1002)]
+    # Accuracy rises by .15 from step 5 to 10; the run of seed 0 has the fewest tokens, and ends at them
+    equal = [last - 0.15 * (1 - 1 / all_of_it) * 2 for last, all_of_it in zip(final, tokens, strict=True)]
     assert rows["grpo"] == [
         *("6", spread(final, 3), "-", spread(area, 3), "-", spread(crossing, 1), "-"),
-        *(f"{entropy:.4f} ± 0.0000", "50.0 ± 0.0", "30.0 ± 0.0", "20 ± 0"),
+        *(f"{entropy:.4f} ± 0.0000", "50.0 ± 0.0", "30.0 ± 0.0"),
+        *(spread(tokens, 2), spread(equal, 3), "20 ± 0"),
     ]
+    assert "| M tokens | at 1 |" in text
     gains = {w: [0.1 + 0.01 * (i - 1) + 0.02 * w for i in range(3)] for w in (0, 1)}
     means = [statistics.mean(gains[w]) for w in gains]
     variance = statistics.pvariance(means) / 2 + sum(statistics.pvariance(gains[w]) / 3 for w in gains) / 4
@@ -218,10 +224,15 @@ def test_figures_are_drawn_of_what_there_is_and_many_groups_are_divided(tmp_path
     names = {"accuracy-steps", "accuracy-seconds", "accuracy-tokens", "entropy", "length"}  # there are no gradient/*
     assert {f.name for f in (tmp_path / "figures").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
     runs = [report.read_run(folder) for folder in report.find_runs([out / "spro"])]
-    responses = train.TrainConfig().prompts_per_step * train.SampleConfig().group_size
     middle = report.curve(runs, "eval/accuracy", "response tokens sampled")[1]
     accuracies = [0.55 + 0.01 * i + 0.1 + 0.01 * (i - 1) + 0.02 * w for w in (0, 1) for i in range(3)]
-    assert middle == pytest.approx([5 * 50 * responses, statistics.mean(accuracies), statistics.stdev(accuracies)])
+    assert middle == pytest.approx(
+        [
+            statistics.mean(5 * (100_000 + 2 * run.seed) for run in runs),
+            statistics.mean(accuracies),
+            statistics.stdev(accuracies),
+        ]
+    )
     groups = report.grouped(runs)
     many = {f"method {i}": groups["spro"] for i in range(10)}
     assert any("entropy-2.png" in file for file in report.draw(many, tmp_path / "many"))
@@ -248,3 +259,21 @@ def test_the_live_view_shows_what_runs_and_ends_quietly(tmp_path):
     time.sleep(0.3)
     watching.send_signal(signal.SIGINT)
     assert watching.wait(10) == 0 and watching.stderr.read() == ""
+
+
+def test_accuracy_at_equal_tokens_counts_continuations_and_what_is_sampled_before_rl(tmp_path):
+    made(tmp_path / "plain", lambda t: 0.1 * t / STEPS)
+    costly = made(tmp_path / "costly", lambda t: 0.1 * t / STEPS, advantage="vine")
+    rows = [json.loads(line) for line in (costly / "metrics.jsonl").read_text().splitlines()]
+    (costly / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | ({"values/tokens": 100_000} if row["step"] else {})) + "\n" for row in rows)
+    )
+    early = made(tmp_path / "early", lambda t: 0.1 * t / STEPS, advantage="a_star")
+    (early / "v_star.jsonl").write_text('{"tokens": 100000}\n{"tokens": 400000}\n')
+    rows = cells(reported(tmp_path)[1])
+    assert [rows[name][10:12] for name in ("grpo", "vine", "a_star")] == [
+        ["1.00", "0.100"],
+        ["2.00", "0.050"],
+        ["1.50", "0.050"],
+    ]
+    assert math.isnan(report.accuracy_at(400_000, report.read_run(early)))

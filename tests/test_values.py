@@ -386,8 +386,8 @@ def test_the_memory_plan_of_sampled_values_is_not_bounded_by_the_number_of_respo
 
 
 def test_the_report_counts_the_tokens_of_continuations(tmp_path):
-    rows = [{"step": 0}] + [{"step": i, "response_length/mean": 10.0, "values/tokens": 100 * i} for i in (1, 2)]
-    run = report.Run(tmp_path, {"train.prompts_per_step": 2, "sample.group_size": 4}, rows)
+    rows = [{"step": i, "tokens_per_second": 40.0, "time/step": 2.0, "values/tokens": 100 * i} for i in (1, 2)]
+    run = report.Run(tmp_path, {}, [{"step": 0}, *rows])
     x = report.FIGURES["accuracy-tokens"][2]
     assert report.along(run, x)[1:].tolist() == [80 + 100, 160 + 300]
 

@@ -160,8 +160,27 @@ def steps_to(threshold: float, points: list[tuple[int, float]]) -> float:
     return math.nan
 
 
-def measure(run: Run, threshold: float) -> dict[str, float]:
-    """What one run comes to, by column; NaN where its metrics do not say."""
+def sampled_tokens(run: Run) -> np.ndarray:
+    """The tokens that a run had sampled by the end of each step, evaluations left out: of responses, of continuations
+    that value prefixes, and before RL for V*.
+    """
+    of_responses = [row.get("tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in run.rows]
+    of_continuations = [row.get("values/tokens", 0) for row in run.rows]
+    file = run.folder / "v_star.jsonl"
+    before = sum(json.loads(line).get("tokens", 0) for line in file.open()) if file.exists() else 0
+    return before + np.cumsum(np.add(of_responses, of_continuations)).round()
+
+
+def accuracy_at(tokens: float, run: Run) -> float:
+    """The accuracy when so many tokens had been sampled, interpolated between evaluations; NaN outside of them."""
+    sampled = sampled_tokens(run)
+    places = [row["step"] for row in run.rows if "eval/accuracy" in row]
+    accuracies = [run.rows[place]["eval/accuracy"] for place in places]
+    return float(np.interp(tokens, sampled[places], accuracies, left=math.nan, right=math.nan))
+
+
+def measure(run: Run, threshold: float, tokens: float) -> dict[str, float]:
+    """What one run comes to, by column, its accuracy at so many tokens too; NaN where its metrics do not say."""
     points = [(row["step"], row["eval/accuracy"]) for row in run.rows if "eval/accuracy" in row]
     entropies = [row["entropy"] for row in run.rows[-LAST_STEPS:] if "entropy" in row]
     return {
@@ -171,6 +190,8 @@ def measure(run: Run, threshold: float) -> dict[str, float]:
         "entropy": float(np.mean(entropies)) if entropies else math.nan,
         "length": run.rows[-1].get("eval/response_length", math.nan),
         "right": run.rows[-1].get("eval/response_length_right", math.nan),
+        "tokens": sampled_tokens(run)[-1] / 1e6,
+        "at_tokens": accuracy_at(tokens, run),
         "seconds": sum(row.get("time/step", 0.0) for row in run.rows),
     }
 
@@ -235,11 +256,20 @@ COLUMNS = (
     "entropy",
     "length",
     "right",
+    "M tokens",
+    "at {:.3g}",
     "s",
 )
 
 
-COSTS = (("entropy", 4), ("length", 1), ("right", 1), ("seconds", 0))  # a mean each, with so many digits
+COSTS = (
+    ("entropy", 4),
+    ("length", 1),
+    ("right", 1),
+    ("tokens", 2),
+    ("at_tokens", 3),
+    ("seconds", 0),
+)  # a mean each, with so many digits
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -267,8 +297,9 @@ def with_interval(pairs: list[tuple[str, float, float]]) -> str:
 def table(groups: dict[str, list[Run]], baseline: str, threshold: float) -> str:
     """The Markdown table, and what differs between its rows. `ratio` is the baseline's steps over the row's own."""
     runs = [run for members in groups.values() for run in members if not run.fault]
-    values = {id(run): measure(run, threshold) for run in runs}
-    lines = [f"| {' | '.join(COLUMNS).format(threshold)} |", "| --- " * len(COLUMNS) + "|"]
+    budget = min(sampled_tokens(run)[-1] for run in runs)  # what every run has sampled
+    values = {id(run): measure(run, threshold, budget) for run in runs}
+    lines = [f"| {' | '.join(COLUMNS).format(threshold, budget / 1e6)} |", "| --- " * len(COLUMNS) + "|"]
     for name, members in groups.items():
         finished = [run for run in members if not run.fault]
         mine = {key: [values[id(run)][key] for run in finished] for key in values[id(runs[0])]}
@@ -323,11 +354,7 @@ def along(run: Run, x: str) -> np.ndarray:
         return np.arange(len(run.rows), dtype=float)
     if x.startswith("seconds"):
         return np.cumsum([row.get("time/step", 0.0) for row in run.rows])
-    prompts, group_size = run.config.get("train.prompts_per_step", 1), run.config.get("sample.group_size", 1)
-    groups = [row.get("groups/sampled", prompts) for row in run.rows]
-    lengths = [row.get("response_length/mean", 0.0) for row in run.rows]
-    continued = [row.get("values/tokens", 0) for row in run.rows]
-    return np.cumsum(np.multiply(groups, lengths) * group_size + continued)
+    return sampled_tokens(run)
 
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
