@@ -17,7 +17,7 @@ CARD = 80 * 2**30  # bytes of the GPU that is planned for where there is none
 SPARE = 0.2  # of what is free: the allocator's slack, the libraries, the pass of the prompts
 # Of a sampled logit: itself, log-prob and probability in fp32, its sum in fp64, what each leaves
 LOGIT_BYTES = 28
-ON_CPU = 16384  # tokens decoded together: more are no faster there
+ON_CPU = 16384  # tokens decoded together: of a model worth the name, more are no faster there
 
 
 def peak_gib() -> float:

@@ -1,14 +1,17 @@
 """A run's folder: made or reopened under a lock, with the config, command and versions that made
 it.
 
-runs/NAME/config.yaml            the resolved config, with the command, commit and versions that
-made it runs/NAME/metrics.jsonl          one line per step; step 0 is the evaluation before training
-runs/NAME/samples/step_*.jsonl   whole rollouts, now and then runs/NAME/checkpoints/step_*/
-shard-*.safetensors (weights and optimizer moments), state.json, manifest.json runs/NAME/warm_start/
-metrics.jsonl and model/, where the model was built from scratch runs/NAME/v_star.jsonl
-optimal values of prompts, with algorithm.advantage=a_star runs/NAME/model/
-the trained model, for `from_pretrained` runs/NAME/lock                   held by the process that
-works here
+In runs/NAME:
+
+    config.yaml           the resolved config, with the command, commit and versions that made it
+    metrics.jsonl         one line per step; step 0 is the evaluation before training
+    samples/step_*.jsonl  whole rollouts, now and then
+    checkpoints/step_*/   shard-*.safetensors (weights and optimizer moments), state.json and
+                          manifest.json
+    warm_start/           metrics.jsonl and model/, where there was a warm start
+    v_star.jsonl          optimal values of prompts, with algorithm.advantage=a_star
+    model/                the trained model, for `from_pretrained`
+    lock                  held by the process that works here
 """
 
 import fcntl
