@@ -90,15 +90,15 @@ def test_every_cell_is_the_sum_written_out(tmp_path):
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
     entropy = statistics.mean(0.1 / (step + 1) for step in range(6, 11))
-    tokens = [(1e6 + 20 * seed) / 1e6 for seed in (0, 1, 2, 1000, 1001, 1002)]
+    tokens = [(1e6 + 20 * seed) / 1e3 for seed in (0, 1, 2, 1000, 1001, 1002)]
     # Accuracy rises by .15 from step 5 to 10; the run of seed 0 has the fewest tokens, and ends at them
-    equal = [last - 0.15 * (1 - 1 / all_of_it) * 2 for last, all_of_it in zip(final, tokens, strict=True)]
+    equal = [last - 0.15 * (1 - 1000 / all_of_it) * 2 for last, all_of_it in zip(final, tokens, strict=True)]
     assert rows["grpo"] == [
         *("6", spread(final, 3), "-", spread(area, 3), "-", spread(crossing, 1), "-"),
         *(f"{entropy:.4f} ± 0.0000", "50.0 ± 0.0", "30.0 ± 0.0"),
-        *(spread(tokens, 2), spread(equal, 3), "20 ± 0"),
+        *(spread(tokens, 0), spread(equal, 3), "20 ± 0"),
     ]
-    assert "| M tokens | at 1 |" in text
+    assert "| k tokens | at 1000 k |" in text
     gains = {w: [0.1 + 0.01 * (i - 1) + 0.02 * w for i in range(3)] for w in (0, 1)}
     means = [statistics.mean(gains[w]) for w in gains]
     variance = statistics.pvariance(means) / 2 + sum(statistics.pvariance(gains[w]) / 3 for w in gains) / 4
@@ -272,8 +272,8 @@ def test_accuracy_at_equal_tokens_counts_continuations_and_what_is_sampled_befor
     (early / "v_star.jsonl").write_text('{"tokens": 100000}\n{"tokens": 400000}\n')
     rows = cells(reported(tmp_path)[1])
     assert [rows[name][10:12] for name in ("grpo", "vine", "a_star")] == [
-        ["1.00", "0.100"],
-        ["2.00", "0.050"],
-        ["1.50", "0.050"],
+        ["1000", "0.100"],
+        ["2000", "0.050"],
+        ["1500", "0.050"],
     ]
     assert math.isnan(report.accuracy_at(400_000, report.read_run(early)))

@@ -190,7 +190,7 @@ def measure(run: Run, threshold: float, tokens: float) -> dict[str, float]:
         "entropy": float(np.mean(entropies)) if entropies else math.nan,
         "length": run.rows[-1].get("eval/response_length", math.nan),
         "right": run.rows[-1].get("eval/response_length_right", math.nan),
-        "tokens": sampled_tokens(run)[-1] / 1e6,
+        "tokens": sampled_tokens(run)[-1] / 1e3,
         "at_tokens": accuracy_at(tokens, run),
         "seconds": sum(row.get("time/step", 0.0) for row in run.rows),
     }
@@ -256,8 +256,8 @@ COLUMNS = (
     "entropy",
     "length",
     "right",
-    "M tokens",
-    "at {:.3g}",
+    "k tokens",
+    "at {:.0f} k",
     "s",
 )
 
@@ -266,7 +266,7 @@ COSTS = (
     ("entropy", 4),
     ("length", 1),
     ("right", 1),
-    ("tokens", 2),
+    ("tokens", 0),
     ("at_tokens", 3),
     ("seconds", 0),
 )  # a mean each, with so many digits
@@ -299,7 +299,7 @@ def table(groups: dict[str, list[Run]], baseline: str, threshold: float) -> str:
     runs = [run for members in groups.values() for run in members if not run.fault]
     budget = min(sampled_tokens(run)[-1] for run in runs)  # what every run has sampled
     values = {id(run): measure(run, threshold, budget) for run in runs}
-    lines = [f"| {' | '.join(COLUMNS).format(threshold, budget / 1e6)} |", "| --- " * len(COLUMNS) + "|"]
+    lines = [f"| {' | '.join(COLUMNS).format(threshold, budget / 1e3)} |", "| --- " * len(COLUMNS) + "|"]
     for name, members in groups.items():
         finished = [run for run in members if not run.fault]
         mine = {key: [values[id(run)][key] for run in finished] for key in values[id(runs[0])]}
