@@ -283,6 +283,15 @@ def test_values_made_afterwards_are_those_that_training_had(vine, step):
         assert [line[key].tolist() for line in lines] == [line[key] for line in expected], key
 
 
+def test_steps_verified_afterwards_are_those_that_training_had(vine):
+    """As for dumps of a version that did not verify steps."""
+    lines = completed(vine, 3, 2, "step_label", "trace_id")
+    expected = dumped(vine, 2)
+    for key in ("step_label", "trace_id"):
+        assert [line[key].tolist() for line in lines] == [line[key] for line in expected]
+    assert {0, 1} <= {label for line in expected for label in line["step_label"]}
+
+
 def test_log_probs_made_afterwards_are_those_that_training_had(tmp_path, warm):
     finished(tmp_path / "spro", warm, *ALL_KEPT)
     for step in (1, 3):

@@ -1,6 +1,6 @@
 """What the dumps of a run lack, from its models.
 
-The reference's log-probs, those of the policy that is told the answer, and Monte-Carlo values.
+The reference's log-probs, those of the policy that is told the answer, verified steps, and Monte-Carlo values.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import data
 import model
 import torch
-from baselines import answer, needs, steps, values
+from baselines import answer, needs, steps, traces, values
 from baselines.supervised import start_path
 from infra.checkpoints import load_policy
 from infra.config import all_keys, build_config, saved_config
@@ -22,6 +22,7 @@ from infra.rng import Draw
 from model import Policy
 from rewards import Grader, Verdict
 from spro import Batch
+from tasks import TRACES
 from tasks.problem import Problem
 from train import Config
 
@@ -97,6 +98,9 @@ class RunModels:
             told = answer.scored(policy, batch, config).answer_log_probs
             untold, _ = model.batch_log_probs(policy, batch, *how)
             add(lines, answer_log_ratio=told - untold)
+        if "step_label" not in lines[0] and config.data.source in TRACES:  # a dump of an earlier version
+            labels, trace_ids = traces.verified(batch, policy.tokenizer, TRACES[config.data.source])
+            add(lines, step_label=labels, trace_id=trace_ids)
         if "value_after" not in lines[0]:
             numbers = steps.step_ids(batch, policy.tokenizer, config.algorithm)
             key = (config.seed, Draw.CONTINUE, step)
