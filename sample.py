@@ -334,7 +334,13 @@ def open_run(path: str) -> tuple[Policy, dict]:
                 f"{path} is not there: the run's training has not ended; resume=true goes on with "
                 "it"
             )
-    settings = saved_block(ModelConfig, config, "model")
+    return load_to_sample(path, saved_block(ModelConfig, config, "model")), config
+
+
+def load_to_sample(path: str | Path, settings: ModelConfig) -> Policy:
+    """The model of a folder or Hub id, as `settings` have it, in one process: on a GPU, in
+    model.dtype, if there is one.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flash_on_cpu = device.type == "cpu" and "flash" in settings.attention
     policy = load(path, "sdpa" if flash_on_cpu else settings.attention)
@@ -345,7 +351,7 @@ def open_run(path: str) -> tuple[Policy, dict]:
         dtype = getattr(torch, settings.dtype)
         for parameter in policy.parameters():  # not buffers: rotary tables stay fp32
             parameter.data = parameter.data.to(dtype)
-    return policy, config
+    return policy
 
 
 def context_of(policy: Policy) -> float:

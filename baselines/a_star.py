@@ -33,7 +33,7 @@ from rewards import Grader
 from sample import sample
 from spro import AlgorithmConfig, Batch, at_least_fp32, estimator
 
-UNREAD = ("clip_low", "clip_high", "loss_weights", "kl_coef")  # of the block algorithm
+UNREAD = ("clip_low", "clip_high", "loss_weights", "kl_coef", "process_dtype")  # of algorithm
 
 
 @dataclass
@@ -75,6 +75,8 @@ def check(config) -> None:
 def a_star_advantage(batch, algo):
     """A*-PO: the optimal advantage r - V*. The reference is read by the loss alone."""
     rewards = at_least_fp32(batch.rewards)
+    if not batch.problems or any(problem.v_star is None for problem in batch.problems):
+        raise ValueError("a_star_advantage needs v_star in its problems")
     v_star = rewards.new_tensor([problem.v_star for problem in batch.problems])
     return (rewards - v_star)[:, None]
 
@@ -109,7 +111,7 @@ def optimal_values(rewards: torch.Tensor, beta: float) -> torch.Tensor:
 def with_values(
     config, folder: Path, reference: Policy | None, train_set, grader: Grader, state: dict
 ) -> tuple:
-    """The training set; where a run needs V*, with it in the problems that the run will meet.
+    """The training set. Where a run needs V*, each problem that it will meet holds its own.
 
     FOLDER/v_star.jsonl has a line for the prompts that are new in a step. What stands there is not
     made again, unless it is of another reference or of other problems, by the hashes in `state`.
@@ -161,6 +163,8 @@ def new_prompts(config, size: int, known: set[int]) -> list[list[int]]:
     """
     n, seen, new = config.train.prompts_per_step, set(known), []
     for start in range(0, config.train.steps * n, n):
+        if len(seen) == size:  # all are known, however many steps follow
+            break
         met = [prompt_index(p, size, config.seed) for p in range(start, start + n)]
         new.append([i for i in dict.fromkeys(met) if i not in seen])
         seen |= set(met)

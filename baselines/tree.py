@@ -58,10 +58,12 @@ def check(config) -> None:
     depth, edge, limit = config.tree.depth, config.tree.edge_tokens, config.sample.max_new_tokens
     name = f"algorithm.advantage={config.algorithm.advantage}"
     if (depth - 1) * edge >= limit:
+        at_most = (limit - 1) // (depth - 1)
+        shorter = f"lower tree.edge_tokens to at most {at_most}, or tree.depth"
         raise ValueError(
             f"tree.depth={depth}: {depth - 1} edges of tree.edge_tokens={edge} leave nothing of "
-            f"sample.max_new_tokens={limit} for the last: lower tree.edge_tokens to at most "
-            f"{(limit - 1) // (depth - 1)}, or tree.depth"
+            f"sample.max_new_tokens={limit} for the last: "
+            f"{shorter if at_most else f'lower tree.depth to at most {limit}'}"
         )
     if config.sample.stop:
         raise ValueError(
@@ -86,7 +88,7 @@ def tree_rpo_advantage(batch, algo):
 
 def differ_enough(batch: Batch) -> torch.Tensor:
     """Which groups' values are spread enough to be learned from; with a NaN none. bool [B / G]."""
-    return by_group(batch.rewards.double(), batch.group_size).std(1) >= MIN_SPREAD
+    return by_group(batch.rewards.double(), batch.group_size).std(1) > MIN_SPREAD - 1e-6
 
 
 # --- stage 1: a tree is sampled -------------------------------------------------------------------

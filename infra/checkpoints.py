@@ -67,7 +67,7 @@ def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for owner, (policy, optimizer) in trained.items():
         for name, parameter in policy.named_parameters():
-            name = name.removeprefix("model.")  # which a critic's value head does not have
+            name = name_in_files(name)
             state = optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)
@@ -79,6 +79,11 @@ def training_tensors(trained: dict) -> dict[str, torch.Tensor]:
                 for moment in ("exp_avg", "exp_avg_sq")
             }
     return tensors | buffer_tensors(trained)
+
+
+def name_in_files(parameter: str) -> str:
+    """A parameter's name without the prefix that a critic's value head does not have."""
+    return parameter.removeprefix("model.")
 
 
 def buffer_tensors(trained: dict) -> dict[str, torch.Tensor]:
@@ -265,13 +270,7 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
     beside them.
     """
     state = json.loads((checkpoint / "state.json").read_text())
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    tensors = training_tensors(trained)
-    # An earlier version saved no buffers: they stay as the model that the run starts from has them
-    for name in buffer_tensors(trained).keys() - reader.read_metadata().state_dict_metadata.keys():
-        del tensors[name]
-    with distributed_or_not() as options:
-        dcp.load(tensors, storage_reader=reader, **options)
+    read_tensors(checkpoint, training_tensors(trained), trained)
     for name, (_, optimizer) in trained.items():
         for moments in optimizer.state.values():
             moments["step"].fill_(state["adam_steps"][name])
@@ -279,14 +278,27 @@ def load_checkpoint(checkpoint: Path, trained: dict) -> dict:
 
 
 def load_policy(checkpoint: Path, policy) -> None:
-    """Fill a policy's weights and buffers in place, and leave the rest of a checkpoint unread."""
+    """Fill a policy's weights and buffers in place, and leave the rest of a checkpoint unread.
+    Raises BadInput where the checkpoint is damaged.
+    """
+    if fault := fault_of(checkpoint):
+        raise BadInput(f"{checkpoint} is damaged: {fault}")
+    trained = {"policy": (policy, None)}
     weights = {
-        f"policy.model.{name.removeprefix('model.')}": parameter.detach()
+        f"policy.model.{name_in_files(name)}": parameter.detach()
         for name, parameter in policy.named_parameters()
     }
-    weights |= buffer_tensors({"policy": (policy, None)})
+    read_tensors(checkpoint, weights | buffer_tensors(trained), trained)
+
+
+def read_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], trained: dict) -> None:
+    """Fill these tensors in place with those of their names."""
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    # An earlier version saved no buffers: they stay as the model that the run starts from has them
+    for name in buffer_tensors(trained).keys() - reader.read_metadata().state_dict_metadata.keys():
+        del tensors[name]
     with distributed_or_not() as options:
-        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), **options)
+        dcp.load(tensors, storage_reader=reader, **options)
 
 
 def resume(

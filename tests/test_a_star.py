@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import baselines
 import infra.config
 import infra.errors
 import infra.rng
@@ -235,6 +236,22 @@ def test_a_prompt_without_any_verdict_ends_the_run_with_a_line(tmp_path, monkeyp
         valued(tmp_path, 1, grader=Faulty())
 
 
+def test_a_run_without_an_end_asks_for_the_prompts_that_there_are():
+    """However many steps are configured: as soon as every prompt is met, no step meets a new one."""
+    config = train.Config()
+    config.train.steps, config.train.prompts_per_step = 10**12, 4
+    found = a_star.new_prompts(config, 10, {3})
+    assert sorted(i for chosen in found for i in chosen) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_problem_without_v_star_is_a_value_error():
+    batch = Batch(mask=torch.ones(2, 3, dtype=torch.bool), group_size=2, rewards=torch.tensor([0.0, 1.0]))
+    batch = replace(batch, ref_log_probs=torch.zeros(2, 3))
+    for problems in (None, (Problem("?", "1", "number"),) * 2):
+        with pytest.raises(ValueError, match="a_star_advantage needs v_star in its problems"):
+            baselines.advantage("a_star", replace(batch, problems=problems), AlgorithmConfig())
+
+
 def test_other_estimators_make_no_v_star(tmp_path):
     train_set = (PROBLEMS, PROMPTS)
     assert a_star.with_values(train.Config(), tmp_path, None, train_set, Grader(), STATE) is train_set
@@ -251,6 +268,7 @@ def test_other_estimators_make_no_v_star(tmp_path):
         ({"algorithm": {"clip_high": 0.28}}, "takes no algorithm.clip_high=0.28"),
         ({"algorithm": {"loss_weights": "token-mean"}}, "takes no algorithm.loss_weights=token-mean"),
         ({"algorithm": {"kl_coef": 0.1}}, "takes no algorithm.kl_coef=0.1"),
+        ({"algorithm": {"process_dtype": "float32"}}, "takes no algorithm.process_dtype=float32"),
         ({"train": {"max_refills": 1}}, "takes no train.max_refills=1: V* is made before RL"),
         ({"a_star": {"samples": 0}}, "samples=0 must be at least 1"),
         ({"a_star": {"beta": 0.0}}, "beta=0.0 must be positive"),

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 
+import infra.config
 import numpy as np
 import pytest
 import torch
@@ -296,10 +297,12 @@ def test_log_probs_made_afterwards_are_those_that_training_had(tmp_path, warm):
     finished(tmp_path / "spro", warm, *ALL_KEPT)
     for step in (1, 3):
         lines = completed(tmp_path / "spro", 1, step, "ref_log_prob")
+        assert lines
         for line, expected in zip(lines, dumped(tmp_path / "spro", step), strict=True):
             assert line["ref_log_prob"].tolist() == pytest.approx(expected["ref_log_prob"], abs=1e-5)
     finished(tmp_path / "oppo", warm, *ALL_KEPT, "algorithm.advantage=oppo")
     lines = completed(tmp_path / "oppo", 1, 3, "answer_log_prob")
+    assert lines
     for line, expected in zip(lines, dumped(tmp_path / "oppo", 3), strict=True):
         ratio = [a - b for a, b in zip(expected["answer_log_prob"], expected["log_prob"], strict=True)]
         assert line["answer_log_ratio"].tolist() == pytest.approx(ratio, abs=1e-5)
@@ -326,6 +329,32 @@ def test_a_run_of_grpo_gets_both_tables_and_all_that_its_models_say(tmp_path, wa
     of_steps = cells_of(done.stdout)
     assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 2
     assert all({"log-ratio", "CPR", "MSA", "log-prob", "entropy", "answer"} <= row.keys() for row in of_steps)
+    # At the first step policy and reference are equal, so that MSA is 0 everywhere; at the third they are not
+    assert of_steps[0]["MSA"] == "0.50 [0.50, 0.50]" and of_steps[3]["MSA"] == "-" != of_steps[5]["MSA"]
+
+
+def test_the_reference_and_the_policy_are_scored_alike(tmp_path, warm):
+    """As after a GPU's run in half precision: its dumped log-probs are rounded, the reference's made here are not."""
+    finished(tmp_path / "run", warm, *ALL_KEPT, "algorithm.advantage=grpo")
+    file = tmp_path / "run" / "samples" / "step_000003.jsonl"
+    exact = [line["log_prob"] for line in dumped(tmp_path / "run", 3)]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if "log_prob" in row:
+            row["log_prob"] = torch.tensor(row["log_prob"]).bfloat16().tolist()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = completed(tmp_path / "run", 1, 3)
+    inspector.with_terms(lines, infra.config.saved_config(tmp_path / "run"))
+    assert lines
+    for line, log_probs in zip(lines, exact, strict=True):
+        log_ratio = [p - q for p, q in zip(log_probs, line["ref_log_prob"].tolist(), strict=True)]
+        assert line["values"]["log_ratio"].tolist() == pytest.approx(log_ratio, abs=1e-5)
+
+
+def test_values_of_another_number_of_continuations_are_kept_and_that_is_said(vine, capsys):
+    lines = completed(vine, 64, 2)
+    assert [line["value_after"].tolist() for line in lines] == [line["value_after"] for line in dumped(vine, 2)]
+    assert "its dumps have values already, of 3 continuations, not 64" in capsys.readouterr().err
 
 
 def test_models_of_other_problems_or_of_a_tree_are_refused(vine, tmp_path):
@@ -334,10 +363,28 @@ def test_models_of_other_problems_or_of_a_tree_are_refused(vine, tmp_path):
     (copy / "config.yaml").write_text(yaml.safe_dump(config | {"seed": config["seed"] + 1}))
     with pytest.raises(BadInput, match=r"is not among those that its config\.yaml gives now"):
         completed(copy, 1, 2, "value_before", "value_after")
-    config["algorithm"]["advantage"] = "tree_rpo"
+    config["algorithm"]["advantage"], config["tree"]["edge_tokens"] = "tree_rpo", 4
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(BadInput, match="edges"):
         completed(copy, 1, 2)
+    (copy / "checkpoints" / "step_000001" / "state.json").write_text("{}")
+    with pytest.raises(BadInput, match="step_000001 is damaged"):
+        RunModels(copy).policy_before(2)
+
+
+def test_a_run_whose_models_are_of_no_use_is_left_out_and_the_others_are_not(vine, tmp_path, capsys):
+    for name in ("sound", "tree"):
+        shutil.copytree(vine, tmp_path / name)
+    config = yaml.safe_load((tmp_path / "tree" / "config.yaml").read_text())
+    config["algorithm"]["advantage"], config["tree"]["edge_tokens"] = "tree_rpo", 4
+    (tmp_path / "tree" / "config.yaml").write_text(yaml.safe_dump(config))
+    found = credit.gathered([tmp_path], 3)
+    assert {name: bool(kinds["auc"]) for name, kinds in found.items()} == {
+        "vine, 1 run": True,
+        "tree_rpo, 1 run": False,
+    }
+    said = capsys.readouterr().err
+    assert "left out, from here on: " in said and "are edges, no responses to be valued" in said
 
 
 def test_no_continuations_are_not_asked_for(tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """Decoding along the log-ratio: at gamma -1 it is the reference, at 0 the policy, and between a mixture of logits."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from infra.errors import BadInput
 from infra.rng import Draw
+from rewards import Verdict
 from sample import sample
 from tools import extrapolate
 from tools.credit_models import RunModels
@@ -36,7 +39,7 @@ def prompts_of(policy) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("gamma", [-1.0, -0.5, 0.0, 0.5, 2.0])
+@pytest.mark.parametrize("gamma", [-1.0, -0.5, 0.5, 2.0])
 def test_logits_are_moved_by_gamma_at_every_token(run, models, gamma):
     """Against whole forward passes of both models over each row by itself, without padding or cache."""
     policy, reference = models.loaded(run / "model"), models.reference
@@ -65,24 +68,45 @@ def test_at_0_it_answers_as_the_policy_and_at_minus_1_as_the_reference(run, mode
         assert sample(policy, prompts, keys, how, group_size=8).texts == expected
 
 
-def test_right_answers_are_counted_as_the_run_counted_its_own(run, models):
-    """At gamma 0: those of the run's last evaluation."""
-    right, n = extrapolate.right_answers(models, [0.0], None)
+def test_at_0_accuracies_are_those_of_the_runs_last_evaluation(run, models):
+    (row,) = extrapolate.evaluated(models, [0.0], None)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert n == last["eval/n"] == 16 and right[0] > 0 and right == [round(last["eval/accuracy"] * n)]
+    assert last["eval/n"] == 16 and last["eval/accuracy"] > 0
+    assert row == {key: last[key] for key in row}
+
+
+def test_a_run_with_fewer_held_out_prompts_than_it_would_evaluate_has_all_of_them(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"] |= {"max_steps": 2, "max_prompt_tokens": 6}  # of which some are too long
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    (row,) = extrapolate.evaluated(RunModels(copy), [0.0], None)
+    assert 0 < row["eval/n"] < 16 == config["eval"]["prompts"]
+
+
+def test_a_graders_fault_is_no_wrong_answer(run, tmp_path, monkeypatch):
+    models = RunModels(run)
+    (before,) = extrapolate.evaluated(models, [0.5], None)
+    grade = models.grader.grade
+    faulty = Verdict(None, "broken")
+    monkeypatch.setattr(models.grader, "grade", lambda answers: [faulty] * 3 + grade(answers)[3:])
+    (after,) = extrapolate.evaluated(models, [0.5], None)
+    assert before["eval/n"] == 16 and after["eval/n"] == 13
 
 
 def test_the_table_has_a_row_for_each_run_and_a_column_for_each_gamma(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["extrapolate", str(run), "--gammas=-1,0.5", "--limit", "8"])
     extrapolate.main()
-    head, _, row = capsys.readouterr().out.splitlines()
-    assert head == "| run | n | -1 | 0.5 |" and row.count("|") == 5 and f"/{run.name} | 8 |" in row
+    head, _, sampled, greedy = capsys.readouterr().out.splitlines()
+    assert head == "| run | T | n | -1 | 0.5 |" and sampled.count("|") == greedy.count("|") == 6
+    assert f"/{run.name} | 1 | 8 |" in sampled and f"/{run.name} | 0 | 8 |" in greedy
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gammas=1,x"], "give numbers with commas"),
+        (["--gammas=1,nan"], "give finite numbers"),
         (["--limit", "0"], "the run has 16 held-out prompts"),
         (["--limit", "17"], "the run has 16 held-out prompts"),
     ],
@@ -96,4 +120,9 @@ def test_what_cannot_be_is_refused(run, arguments, words, monkeypatch):
 def test_a_run_that_has_not_ended_is_refused(run, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(BadInput, match="training has not ended"):
-        extrapolate.right_answers(RunModels(tmp_path), [0.0], None)
+        extrapolate.evaluated(RunModels(tmp_path), [0.0], None)
+
+
+def test_a_folder_without_a_run_is_refused(run):
+    with pytest.raises(BadInput, match="is not a run folder"):
+        RunModels(run / "model")

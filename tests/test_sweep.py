@@ -170,5 +170,8 @@ def test_every_config_runs_with_every_value_from_the_same_warm_start(tmp_path):
         estimator, _, rate = name.partition("-")
         assert config.algorithm.advantage == estimator and config.train.learning_rate == float(rate)
         assert config.train.steps == 6
+    for overrides, over in ((["seed=3"], None), ([], "seed=1,2"), ([], "run_dir=a,b"), (["resume=true"], None)):
+        with pytest.raises(BadInput, match="a sweep gives every run its own"):
+            sweep.rows_of(configs(tmp_path), overrides, over)
     with pytest.raises(BadInput, match=r"--over train\.learning_rate: give KEY=VALUE"):
         sweep.rows_of(configs(tmp_path), [], "train.learning_rate")

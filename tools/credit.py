@@ -24,8 +24,10 @@ over groups of siblings: over further prompts of these runs, not over further ru
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +70,9 @@ def main() -> None:
     if args.out:
         optional("matplotlib", "matplotlib")  # now, not after the reading
         args.out.mkdir(parents=True, exist_ok=True)
-    text = tables(gathered(args.runs, args.continuations), args.out)
+    with redirect_stdout(sys.stderr):  # what is said meanwhile is no part of the tables
+        found = gathered(args.runs, args.continuations)
+    text = tables(found, args.out)
     print(text)
     if args.out:
         (args.out / "credit.md").write_text(text + "\n")
@@ -178,8 +182,11 @@ def gathered(paths: list[Path], continuations: int | None) -> dict[str, dict[str
     for name, members in named.items():
         by_kind = {kind: defaultdict(Steps) for kind in KINDS}
         for number, run in enumerate(members):
-            for step, line in learned_from(run.folder, continuations):
-                add_line({kind: by_step[step] for kind, by_step in by_kind.items()}, line, (number, line["group"]))
+            try:
+                for step, line in learned_from(run.folder, continuations):
+                    add_line({kind: by_step[step] for kind, by_step in by_kind.items()}, line, (number, line["group"]))
+            except BadInput as error:  # hours of values of other runs are not lost for it
+                print(f"left out, from here on: {error}", file=sys.stderr)
         found[f"{name}, {len(members)} run{'s' * (len(members) > 1)}"] = by_kind
     if not any(steps.truth for kinds in found.values() for by_step in kinds.values() for steps in by_step.values()):
         raise BadInput(

@@ -17,10 +17,10 @@ from baselines.supervised import start_path
 from infra.checkpoints import load_policy
 from infra.config import all_keys, build_config, saved_config
 from infra.errors import BadInput
-from infra.processes import choose_threads
 from infra.rng import Draw
 from model import Policy
 from rewards import Grader, Verdict
+from sample import load_to_sample
 from spro import Batch
 from tasks import TRACES
 from tasks.problem import Problem
@@ -33,9 +33,12 @@ class RunModels:
     """The models of one run, and the problems that it asked."""
 
     def __init__(self, run: Path):
-        """Raises BadInput where the run's config cannot be read."""
+        """Raises BadInput where there is no run, or its config cannot be read."""
+        saved = saved_config(run)
+        if not saved:
+            raise BadInput(f"{run} is not a run folder: no config.yaml of a run there")
         self.run = run
-        self.config = build_config(Config, saved_config(run), all_keys(Config))
+        self.config = build_config(Config, saved, all_keys(Config))
         self.grader = Grader(self.config.reward)
 
     @cached_property
@@ -53,29 +56,25 @@ class RunModels:
         return {identity(problem.prompt, problem.reference): problem for problem in problems}
 
     def loaded(self, path: Path) -> Policy:
-        policy = model.freeze(model.load(path, self.config.model.attention))
-        choose_threads(policy.num_parameters())
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        policy.device = device
-        return policy.to(device)
+        return model.freeze(load_to_sample(path, self.config.model))
 
     def policy_before(self, step: int) -> Policy:
         """The policy that wrote the responses of a step, or that of the nearest step that was saved, which is said."""
-        saved = {0: self.start}
-        saved |= {int(folder.name[5:]): folder for folder in (self.run / "checkpoints").glob("step_*[0-9]")}
+        models = {0: self.start}
         if (self.run / "model").is_dir():
-            saved[self.config.train.steps] = self.run / "model"
-        nearest = min(saved, key=lambda number: (abs(number - (step - 1)), number))
+            models[self.config.train.steps] = self.run / "model"
+        checkpoints = {int(folder.name[5:]): folder for folder in (self.run / "checkpoints").glob("step_*[0-9]")}
+        nearest = min(models | checkpoints, key=lambda number: (abs(number - (step - 1)), number))
         if nearest != step - 1:
             print(
                 f"{self.run}: the policy of step {step}'s responses was not saved; taking that after step {nearest}. "
                 "train.save_every=1 and train.keep_checkpoints keep all",
                 file=sys.stderr,
             )
-        is_checkpoint = "checkpoints" in saved[nearest].parts[-2:]
-        policy = self.loaded(self.start if is_checkpoint else saved[nearest])
-        if is_checkpoint:
-            load_policy(saved[nearest], policy)
+        if nearest in models:
+            return self.loaded(models[nearest])
+        policy = self.loaded(self.start)
+        load_policy(checkpoints[nearest], policy)
         return policy
 
     def complete(self, step: int, lines: list[dict], continuations: int) -> None:
@@ -86,18 +85,19 @@ class RunModels:
         if not lines:
             return
         if needs(self.config.algorithm.advantage, "tree"):
-            raise BadInput(f"{self.run}: samples of algorithm.advantage=tree_rpo are edges, no responses to be valued")
+            name = self.config.algorithm.advantage
+            raise BadInput(f"{self.run}: samples of algorithm.advantage={name} are edges, no responses to be valued")
         policy, config = self.policy_before(step), self.config
         batch = self.batch_of(lines, policy)
         how = (config.sample.temperature, config.train.micro_batch_tokens)
+        log_probs, _ = model.batch_log_probs(policy, batch, *how)
         if "ref_log_prob" not in lines[0]:
-            log_probs, _ = model.batch_log_probs(self.reference, batch, *how)
-            add(lines, ref_log_prob=log_probs)
-        can_be_told = all(isinstance(problem.reference, str | int | float) for problem in batch.problems)
-        if "answer_log_prob" not in lines[0] and can_be_told:
+            # Both from here: the dumped ones may be a GPU's, in half precision, and their difference rounding
+            ref_log_probs, _ = model.batch_log_probs(self.reference, batch, *how)
+            add(lines, ref_log_prob=ref_log_probs, fine_log_prob=log_probs)
+        if "answer_log_prob" not in lines[0] and self.can_be_told(policy, batch):
             told = answer.scored(policy, batch, config).answer_log_probs
-            untold, _ = model.batch_log_probs(policy, batch, *how)
-            add(lines, answer_log_ratio=told - untold)
+            add(lines, answer_log_ratio=told - log_probs)
         if "step_label" not in lines[0] and config.data.source in TRACES:  # a dump of an earlier version
             labels, trace_ids = traces.verified(batch, policy.tokenizer, TRACES[config.data.source])
             add(lines, step_label=labels, trace_id=trace_ids)
@@ -108,6 +108,21 @@ class RunModels:
                 policy, batch, numbers, continuations, config.sample, self.grader, key
             )
             add(lines, step_id=numbers, value_before=before, value_after=after)
+        elif continuations != config.values.continuations:
+            print(
+                f"{self.run}: its dumps have values already, of {config.values.continuations} continuations, not "
+                f"{continuations}",
+                file=sys.stderr,
+            )
+
+    def can_be_told(self, policy: Policy, batch: Batch) -> bool:
+        """Whether every answer can stand in front of its prompt. Where not, that is said."""
+        try:
+            answer.require_answers(self.config, policy, list(batch.problems))
+        except BadInput as error:
+            print(f"{self.run}: no scorer `answer`: {error}", file=sys.stderr)
+            return False
+        return True
 
     def batch_of(self, lines: list[dict], policy: Policy) -> Batch:
         """The responses behind their prompts, with what was asked and the verdicts. Raises BadInput where a problem is

@@ -3,24 +3,25 @@
     python -m tools.extrapolate RUN ... [--gammas=-0.5,0,0.5,1,2] [--limit N]
 
 z are the policy's logits and z_ref its reference's: gamma 0 is the policy, -1 the reference, and above 0 decoding goes
-on along log pi - log pi_ref, the direction of the process reward. Held-out prompts of the run at its own temperature,
-each with the same luck for every gamma. (After "On the direction of RLVR updates", arXiv 2603.22117.) 95 % intervals
-are Wilson's, over prompts.
+on along log pi - log pi_ref, the direction of the process reward. Held-out prompts of the run, at its own temperature
+and greedily, each with the same luck for every gamma. 95 % intervals are Wilson's, over prompts. (After "On the
+direction of RLVR updates", arXiv 2603.22117.)
 """
 
 from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from data import encode_prompts, load_problems
+from eval import evaluate
 from infra.errors import BadInput, Parser
 from infra.processes import command_line
-from infra.rng import Draw
 from model import Policy
 from rewards.benchmark_metrics import wilson_interval
-from sample import context_left, sample
+from sample import batch_tokens, context_left
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tools.credit_models import RunModels
@@ -51,6 +52,7 @@ class Extrapolate(LogitsProcessor):
             attention_mask=mask,
             position_ids=positions[:, -unread.shape[1] :],
             use_cache=True,
+            logits_to_keep=1,
             **{self.reference.cache_argument: self.cache},
         )
         self.cache = getattr(out, self.reference.cache_argument)
@@ -69,10 +71,10 @@ class ExtrapolatedModel:
         return self.policy.model.generate(ids, attention_mask=attention_mask, logits_processor=chosen, **how)
 
 
-def right_answers(models: RunModels, gammas: list[float], limit: int | None) -> tuple[list[int], int]:
-    """(right held-out answers for each gamma, answers that have a verdict) of a finished run.
+def evaluated(models: RunModels, gammas: list[float], limit: int | None) -> list[dict[str, float]]:
+    """The `eval/*` metrics of a finished run's held-out prompts for each gamma.
 
-    Raises BadInput where the run has no trained model, or the limit more prompts than it has.
+    Raises BadInput where the run has no trained model, or fewer prompts than the limit.
     """
     config = models.config
     if not (models.run / "model").is_dir():
@@ -81,18 +83,18 @@ def right_answers(models: RunModels, gammas: list[float], limit: int | None) -> 
     longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
     _, held_out = load_problems(config.data, config.seed, models.grader)
     problems, prompts = encode_prompts(held_out, policy.tokenizer, longest, config.data.chat_template, policy.known_ids)
-    n = config.eval.prompts if limit is None else limit
+    n = min(config.eval.prompts, len(prompts)) if limit is None else limit
     if not 1 <= n <= len(prompts):
         raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")
-    how = replace(config.sample, decoding="plain")  # whose loop takes other logits processors
-    keys = [(config.seed, Draw.EVALUATE, i) for i in range(n)]
-    right = []
+    # Half of what fits, for the reference keeps as much; and in the loop that takes other logits processors
+    longest = max(map(len, prompts[:n])) + config.sample.max_new_tokens
+    together = batch_tokens(policy, config.sample, longest) // 2
+    how = replace(config.sample, decoding="plain", batch_tokens=max(together, longest))
+    rows = []
     for gamma in gammas:
         policy.twin = [ExtrapolatedModel(policy, models.reference, gamma)]
-        batch = sample(policy, prompts[:n], keys, how, group_size=1)
-        verdicts = models.grader.grade(list(zip(problems[:n], batch.texts, strict=True)))
-        right.append(sum((verdict.score or 0) > 0.5 for verdict in verdicts))
-    return right, n
+        rows.append(evaluate(policy, problems[:n], prompts[:n], how, models.grader, config.seed))
+    return rows
 
 
 def main() -> None:
@@ -105,15 +107,22 @@ def main() -> None:
         gammas = [float(text) for text in args.gammas.split(",")]
     except ValueError:
         raise BadInput(f"--gammas={args.gammas}: give numbers with commas between them") from None
-    print(f"| run | n | {' | '.join(f'{gamma:g}' for gamma in gammas)} |")
-    print("| --- " * (2 + len(gammas)) + "|")
+    if not all(map(math.isfinite, gammas)):
+        raise BadInput(f"--gammas={args.gammas}: give finite numbers")
+    print(f"| run | T | n | {' | '.join(f'{gamma:g}' for gamma in gammas)} |")
+    print("| --- " * (3 + len(gammas)) + "|")
     for run in args.runs:
-        right, n = right_answers(RunModels(run), gammas, args.limit)
-        cells = []
-        for count in right:
-            low, high = wilson_interval(count, n)
-            cells.append(f"{count / n:.3f} [{low:.3f}, {high:.3f}]")
-        print(f"| {run.parent.name}/{run.name} | {n} | {' | '.join(cells)} |", flush=True)
+        models = RunModels(run)
+        rows = evaluated(models, gammas, args.limit)
+        for temperature, key in ((models.config.sample.temperature, "eval/accuracy"), (0, "eval/accuracy_greedy")):
+            cells = [with_interval(row[key], row["eval/n"]) for row in rows]
+            what = f"{run.parent.name}/{run.name} | {temperature:g} | {rows[0]['eval/n']}"
+            print(f"| {what} | {' | '.join(cells)} |", flush=True)
+
+
+def with_interval(accuracy: float, n: int) -> str:
+    low, high = wilson_interval(round(accuracy * n), n)
+    return f"{accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 tools/report.py reads what comes out.
 
-A run's folder is OUT/<config>/warm<W>-seed<S>, what it says goes to ....log beside it. Every config runs every (W, S),
+A run's folder is OUT/<config>/warm<W>-seed<S>, what it says goes to ....log beside it. With --over KEY=A,B every config
+runs with each of these values, in OUT/<config>-<value>; a value holds no comma. Every config runs every (W, S),
 so that runs can be compared in pairs; S counts from 1000 W. Configs that agree in model, data and warm-start settings
 share a warm start of seed W, in OUT/warm_starts; a config that has none starts from its model.path. The same command
 again leaves finished runs alone and goes on with cut ones; Ctrl-C makes the runs under way save and stop.
@@ -28,6 +29,7 @@ from infra.processes import command_line
 from tqdm import tqdm
 from train import Config
 
+OWN = ("seed", "run_dir", "resume", "overwrite")  # keys of a run that the sweep decides
 SEEDS_APART = 1000  # from the seeds of one warm start to those of the next
 
 
@@ -43,7 +45,13 @@ def finished(config: Config) -> bool:
 
 
 def rows_of(files: list[str], overrides: list[str], over: str | None) -> dict[str, list[str]]:
-    """{name: arguments of train.py} of what is compared: the configs, or with `over` each with each of its values."""
+    """{name: arguments of train.py} of what is compared: the configs, or with `over` each with each of its values.
+
+    Raises BadInput where a key is one that the sweep itself gives every run.
+    """
+    for argument in (*overrides, *filter(None, [over])):
+        if (key := argument.split("=")[0]) in OWN:
+            raise BadInput(f"{argument}: a sweep gives every run its own {key}; leave it out")
     if over is None:
         return {Path(file).stem: [file, *overrides] for file in files}
     key, _, values = over.partition("=")
