@@ -8,7 +8,14 @@ at most what the oracle gains on its controls, which blame as little but know no
 import torch
 import torch.nn.functional as F
 
-from spro import Batch, at_least_fp32, estimator, grpo_advantage, outcome_advantage
+from spro import (
+    Batch,
+    at_least_fp32,
+    by_group,
+    estimator,
+    grpo_advantage,
+    outcome_advantage,
+)
 
 
 @estimator("trace", additive=False)
@@ -18,6 +25,22 @@ def oracle_advantage(batch, algo):
     Right responses (r > 0.5) are as in GRPO, and so is a wrong one in which no wrong step is known.
     """
     return blaming(first_wrong_step(batch), batch, algo)
+
+
+@estimator("trace", additive=False)
+def step_oracle_advantage(batch, algo):
+    """The oracle that praises too: what is right in a wrong response is learned as well.
+
+    A right step has the advantage of its group's right responses, wherever it stands, the first
+    wrong step that of the wrong ones, and what stands behind it none.
+    """
+    outcomes = by_group(grpo_advantage(batch, algo)[:, 0], batch.group_size)
+    praise, blame = (
+        outcome.repeat_interleave(batch.group_size)[:, None]
+        for outcome in (outcomes.amax(1), outcomes.amin(1))
+    )
+    labels = batch.step_labels
+    return torch.where(labels == 1, praise, torch.where(labels == 0, blame, 0.0))
 
 
 @estimator("trace", "luck", additive=False)

@@ -8,7 +8,7 @@ import pytest
 import spro
 import torch
 
-from test_spro import assert_equal, batch_of, estimate, make_batch, padded, ragged, slow_outcome
+from test_spro import G, assert_equal, batch_of, estimate, make_batch, padded, ragged, slow_outcome
 
 
 def case(seed: int, binary: bool):
@@ -41,6 +41,16 @@ def test_blame_falls_where_the_definition_says(seed, binary):
     for name, rows in expected.items():
         assert_equal(estimate(name, b), padded(rows))
     assert any(0 in row for row in labels) and any(0 not in row for row in labels)
+
+
+@seeds_and_rewards
+def test_praise_falls_on_every_right_step_and_blame_on_the_first_wrong_one(seed, binary):
+    b = case(seed, binary)
+    outcome, rows = slow_outcome(b.rewards.tolist()), []
+    for i, labels in enumerate(ragged(b.labels, b.mask)):
+        siblings = [outcome[j] for j in range(len(outcome)) if j // G == i // G]
+        rows.append([{1: max(siblings), 0: min(siblings), -1: 0.0}[label] for label in labels])
+    assert_equal(estimate("step_oracle", b), padded(rows))
 
 
 @seeds_and_rewards

@@ -19,7 +19,7 @@ import torch
 G, BETA, LOW, HIGH, MAX_TOKENS = 4, 0.3, 0.2, 0.3, 32
 ESTIMATORS = sorted(baselines.ADVANTAGES)
 OUTCOME_ONLY = {name for name in ESTIMATORS if not baselines.ADVANTAGES[name].needs}
-NO_SUM_OF_TWO_TERMS = {"prime_released", "ppo", "egae", "oracle", "random_blame"}
+NO_SUM_OF_TWO_TERMS = {"prime_released", "ppo", "egae", "oracle", "step_oracle", "random_blame"}
 BAD = [math.nan, math.inf, -math.inf, 1e9]
 
 
