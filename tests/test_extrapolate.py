@@ -95,7 +95,7 @@ def test_a_graders_fault_is_no_wrong_answer(run, tmp_path, monkeypatch):
 
 
 def test_the_table_has_a_row_for_each_run_and_a_column_for_each_gamma(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["extrapolate", str(run), "--gammas=-1,0.5", "--limit", "8"])
+    monkeypatch.setattr(sys, "argv", ["extrapolate", str(run.parent), "--gammas=-1,0.5", "--limit", "8"])
     extrapolate.main()
     head, _, sampled, greedy = capsys.readouterr().out.splitlines()
     assert head == "| run | T | n | -1 | 0.5 |" and sampled.count("|") == greedy.count("|") == 6
@@ -123,6 +123,9 @@ def test_a_run_that_has_not_ended_is_refused(run, tmp_path):
         extrapolate.evaluated(RunModels(tmp_path), [0.0], None)
 
 
-def test_a_folder_without_a_run_is_refused(run):
+def test_a_folder_without_a_run_is_refused(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["extrapolate", str(run / "model")])
+    with pytest.raises(BadInput, match="no run in "):
+        extrapolate.main()
     with pytest.raises(BadInput, match="is not a run folder"):
         RunModels(run / "model")

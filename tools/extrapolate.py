@@ -2,6 +2,8 @@
 
     python -m tools.extrapolate RUN ... [--gammas=-0.5,0,0.5,1,2] [--limit N]
 
+RUN is a run folder, or a folder with runs in it.
+
 z are the policy's logits and z_ref its reference's: gamma 0 is the policy, -1 the reference, and above 0 decoding goes
 on along log pi - log pi_ref, the direction of the process reward. Held-out prompts of the run, at its own temperature
 and greedily, each with the same luck for every gamma. 95 % intervals are Wilson's, over prompts. (After "On the
@@ -24,6 +26,7 @@ from rewards.benchmark_metrics import wilson_interval
 from sample import batch_tokens, context_left
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from tools import report
 from tools.credit_models import RunModels
 
 GAMMAS = "-0.5,0,0.25,0.5,1,2"
@@ -99,7 +102,7 @@ def evaluated(models: RunModels, gammas: list[float], limit: int | None) -> list
 
 def main() -> None:
     parser = Parser(prog="-m tools.extrapolate", description="Accuracy beyond the policy, along its log-ratio.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run, or a folder with runs")
     parser.add_argument("--gammas", default=GAMMAS, help=f"as --gammas=A,B,... ({GAMMAS})")
     parser.add_argument("--limit", type=int, help="held-out prompts of a run (its eval.prompts)")
     args = parser.parse_args()
@@ -109,9 +112,12 @@ def main() -> None:
         raise BadInput(f"--gammas={args.gammas}: give numbers with commas between them") from None
     if not all(map(math.isfinite, gammas)):
         raise BadInput(f"--gammas={args.gammas}: give finite numbers")
+    runs = report.find_runs(args.runs)
+    if not runs:
+        raise BadInput(f"no run in {', '.join(map(str, args.runs))}: a run's folder has a config.yaml")
     print(f"| run | T | n | {' | '.join(f'{gamma:g}' for gamma in gammas)} |")
     print("| --- " * (3 + len(gammas)) + "|")
-    for run in args.runs:
+    for run in runs:
         models = RunModels(run)
         rows = evaluated(models, gammas, args.limit)
         for temperature, key in ((models.config.sample.temperature, "eval/accuracy"), (0, "eval/accuracy_greedy")):
