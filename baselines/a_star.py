@@ -75,9 +75,10 @@ def check(config) -> None:
 def a_star_advantage(batch, algo):
     """A*-PO: the optimal advantage r - V*. The reference is read by the loss alone."""
     rewards = at_least_fp32(batch.rewards)
-    if not batch.problems or any(problem.v_star is None for problem in batch.problems):
+    known = [problem.v_star for problem in batch.problems or ()]
+    if len(known) != len(rewards) or None in known:
         raise ValueError("a_star_advantage needs v_star in its problems")
-    v_star = rewards.new_tensor([problem.v_star for problem in batch.problems])
+    v_star = rewards.new_tensor(known)
     return (rewards - v_star)[:, None]
 
 
