@@ -16,6 +16,20 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 
+# With pytest -n 2 --dist loadfile a file goes to one process. The one of the real model, a few tests that take minutes,
+# would keep one process waiting for the other if it were begun last.
+FIRST = "test_smollm2.py"
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != FIRST)
+
+
 # One-step chains and short responses: a run takes a second, and rewards, gradients and lengths still vary.
 TINY = [
     str(chaos.ROOT / "configs" / "tiny.yaml"),
