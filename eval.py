@@ -28,7 +28,6 @@ from data import (
     apply_prompt,
     check_references,
     encode_prompts,
-    load_problems,
     require_graders,
 )
 from infra.config import Block, knob, saved_block, saved_config
@@ -50,7 +49,14 @@ from infra.waiting import counted, stage
 from model import Policy
 from rewards import Grader, RewardConfig
 from rewards.benchmark_metrics import benchmark_metrics, whole_problems, wilson_interval
-from sample import SampleConfig, context_left, open_run, sample, with_stop_strings
+from sample import (
+    SampleConfig,
+    context_left,
+    held_out_prompts,
+    open_run,
+    sample,
+    with_stop_strings,
+)
 from tasks.datasets import ROWS, read_problems
 from tasks.problem import Problem, problems_hash
 
@@ -323,10 +329,7 @@ def held_out_accuracy(args) -> None:
     grader = Grader(saved_block(RewardConfig, config, "reward"))
     settings = saved_block(SampleConfig, config, "sample")
     data = saved_block(DataConfig, config, "data")
-    limit = context_left(policy, settings.max_new_tokens, data.max_prompt_tokens)
-    held_out = load_problems(data, config["seed"], grader)[1]
-    how = (limit, data.chat_template, policy.known_ids)
-    problems, prompts = encode_prompts(held_out, policy.tokenizer, *how)
+    problems, prompts = held_out_prompts(policy, settings, data, config["seed"], grader)
     n = args.limit or config["eval"]["prompts"]
     if n > len(prompts):
         raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")

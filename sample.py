@@ -17,6 +17,7 @@ from infra import preflight  # noqa: F401  # isort: skip  (first of all)
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -372,6 +373,16 @@ def context_left(policy: Policy, max_new_tokens: int, max_prompt_tokens: int) ->
     return min(max_prompt_tokens, context - max_new_tokens)
 
 
+def held_out_prompts(
+    policy: Policy, config: SampleConfig, data_config: DataConfig, seed: int, grader: Grader
+) -> tuple[list[Problem], Sequence[list[int]]]:
+    """(problems, ids of their prompts): a run's held-out ones that leave room for a response."""
+    longest = context_left(policy, config.max_new_tokens, data_config.max_prompt_tokens)
+    _, held_out = load_problems(data_config, seed, grader)
+    how = (longest, data_config.chat_template, policy.known_ids)
+    return encode_prompts(held_out, policy.tokenizer, *how)
+
+
 def encode_own_prompt(
     text: str, policy: Policy, config: DataConfig, max_new_tokens: int
 ) -> list[int]:
@@ -440,11 +451,8 @@ def main() -> None:
         ids = encode_own_prompt(args.prompt, policy, data_config, settings.max_new_tokens)
         prompts = [ids] * args.samples
     elif config:
-        longest = context_left(policy, settings.max_new_tokens, data_config.max_prompt_tokens)
-        held_out = load_problems(data_config, config["seed"], grader)[1]
-        how = (longest, data_config.chat_template, policy.known_ids)
-        encoded = encode_prompts(held_out, policy.tokenizer, *how)
-        problems, prompts = (part[: args.samples] for part in encoded)
+        held_out = held_out_prompts(policy, settings, data_config, config["seed"], grader)
+        problems, prompts = (part[: args.samples] for part in held_out)
     else:
         raise BadInput(
             f"{args.run_or_model} is not a run folder, so it has no held-out prompts: give a prompt"

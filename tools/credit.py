@@ -177,7 +177,7 @@ def gathered(paths: list[Path], continuations: int | None) -> dict[str, dict[str
     runs = [report.read_run(folder) for folder in report.find_runs(paths)]
     named = report.grouped([run for run in runs if run.config])
     if not named:
-        raise BadInput(f"no run in {', '.join(map(str, paths))}: a run's folder has a config.yaml")
+        raise BadInput(report.no_run_in(paths))
     found = {}
     for name, members in named.items():
         by_kind = {kind: defaultdict(Steps) for kind in KINDS}

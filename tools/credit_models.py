@@ -90,12 +90,15 @@ class RunModels:
         policy, config = self.policy_before(step), self.config
         batch = self.batch_of(lines, policy)
         how = (config.sample.temperature, config.train.micro_batch_tokens)
-        log_probs, _ = model.batch_log_probs(policy, batch, *how)
-        if "ref_log_prob" not in lines[0]:
+        is_compared = "ref_log_prob" not in lines[0]
+        is_told = "answer_log_prob" not in lines[0] and self.can_be_told(policy, batch)
+        if is_compared or is_told:
+            log_probs, _ = model.batch_log_probs(policy, batch, *how)
+        if is_compared:
             # Both from here: the dumped ones may be a GPU's, in half precision, and their difference rounding
             ref_log_probs, _ = model.batch_log_probs(self.reference, batch, *how)
             add(lines, ref_log_prob=ref_log_probs, fine_log_prob=log_probs)
-        if "answer_log_prob" not in lines[0] and self.can_be_told(policy, batch):
+        if is_told:
             told = answer.scored(policy, batch, config).answer_log_probs
             add(lines, answer_log_ratio=told - log_probs)
         if "step_label" not in lines[0] and config.data.source in TRACES:  # a dump of an earlier version
@@ -118,7 +121,7 @@ class RunModels:
     def can_be_told(self, policy: Policy, batch: Batch) -> bool:
         """Whether every answer can stand in front of its prompt. Where not, that is said."""
         try:
-            answer.require_answers(self.config, policy, list(batch.problems))
+            answer.require_answers(self.config, policy, list(batch.problems[:: batch.group_size]))
         except BadInput as error:
             print(f"{self.run}: no scorer `answer`: {error}", file=sys.stderr)
             return False

@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from data import encode_prompts, load_problems
 from eval import evaluate
 from infra.errors import BadInput, Parser
 from infra.processes import command_line
 from model import Policy
 from rewards.benchmark_metrics import wilson_interval
-from sample import batch_tokens, context_left
+from sample import batch_tokens, held_out_prompts
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tools import report
@@ -83,9 +82,7 @@ def evaluated(models: RunModels, gammas: list[float], limit: int | None) -> list
     if not (models.run / "model").is_dir():
         raise BadInput(f"{models.run}/model is not there: the run's training has not ended")
     policy = models.loaded(models.run / "model")
-    longest = context_left(policy, config.sample.max_new_tokens, config.data.max_prompt_tokens)
-    _, held_out = load_problems(config.data, config.seed, models.grader)
-    problems, prompts = encode_prompts(held_out, policy.tokenizer, longest, config.data.chat_template, policy.known_ids)
+    problems, prompts = held_out_prompts(policy, config.sample, config.data, config.seed, models.grader)
     n = min(config.eval.prompts, len(prompts)) if limit is None else limit
     if not 1 <= n <= len(prompts):
         raise BadInput(f"--limit {n}: the run has {len(prompts)} held-out prompts")
@@ -114,7 +111,7 @@ def main() -> None:
         raise BadInput(f"--gammas={args.gammas}: give finite numbers")
     runs = report.find_runs(args.runs)
     if not runs:
-        raise BadInput(f"no run in {', '.join(map(str, args.runs))}: a run's folder has a config.yaml")
+        raise BadInput(report.no_run_in(args.runs))
     print(f"| run | T | n | {' | '.join(f'{gamma:g}' for gamma in gammas)} |")
     print("| --- " * (3 + len(gammas)) + "|")
     for run in runs:

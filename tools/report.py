@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +58,18 @@ class Run:
     def seed(self) -> int:
         return self.config.get("seed", 0)
 
+    @cached_property
+    def sampled_tokens(self) -> np.ndarray:
+        """The tokens that it had sampled by the end of each step, evaluations left out: of responses, of continuations
+        that value prefixes, and before RL for V*.
+        """
+        of_responses = [row.get("tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in self.rows]
+        of_continuations = [row.get("values/tokens", 0) for row in self.rows]
+        file = self.folder / "v_star.jsonl"
+        text = file.read_text() if file.exists() else ""  # whose last line may be cut short
+        before = sum(map(int, re.findall(r'"tokens": (\d+)', text)))
+        return before + np.cumsum(np.add(of_responses, of_continuations)).round()
+
 
 def find_runs(paths: list[Path]) -> list[Path]:
     """The run folders among and below `paths`, each once, in order."""
@@ -66,6 +79,11 @@ def find_runs(paths: list[Path]) -> list[Path]:
         runs = [f.parent for f in below if f.parent == path or "warm_starts" not in f.relative_to(path).parts]
         found |= {run.resolve(): run for run in runs if not run.name.endswith(".overwritten")}
     return list(found.values())
+
+
+def no_run_in(paths: list[Path]) -> str:
+    """What is said where `find_runs` finds none."""
+    return f"no run in {', '.join(map(str, paths))}: a run's folder has a config.yaml"
 
 
 def read_rows(file: Path) -> tuple[list[dict], str]:
@@ -160,24 +178,11 @@ def steps_to(threshold: float, points: list[tuple[int, float]]) -> float:
     return math.nan
 
 
-def sampled_tokens(run: Run) -> np.ndarray:
-    """The tokens that a run had sampled by the end of each step, evaluations left out: of responses, of continuations
-    that value prefixes, and before RL for V*.
-    """
-    of_responses = [row.get("tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in run.rows]
-    of_continuations = [row.get("values/tokens", 0) for row in run.rows]
-    file = run.folder / "v_star.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    before = sum(int(tokens) for line in lines for tokens in re.findall(r'"tokens": (\d+)', line))
-    return before + np.cumsum(np.add(of_responses, of_continuations)).round()
-
-
 def accuracy_at(tokens: float, run: Run) -> float:
     """The accuracy when so many tokens had been sampled, interpolated between evaluations; NaN outside of them."""
-    sampled = sampled_tokens(run)
     places = [row["step"] for row in run.rows if "eval/accuracy" in row]
     accuracies = [run.rows[place]["eval/accuracy"] for place in places]
-    return float(np.interp(tokens, sampled[places], accuracies, left=math.nan, right=math.nan))
+    return float(np.interp(tokens, run.sampled_tokens[places], accuracies, left=math.nan, right=math.nan))
 
 
 def measure(run: Run, threshold: float, tokens: float) -> dict[str, float]:
@@ -191,7 +196,7 @@ def measure(run: Run, threshold: float, tokens: float) -> dict[str, float]:
         "entropy": float(np.mean(entropies)) if entropies else math.nan,
         "length": run.rows[-1].get("eval/response_length", math.nan),
         "right": run.rows[-1].get("eval/response_length_right", math.nan),
-        "tokens": sampled_tokens(run)[-1] / 1e3,
+        "tokens": run.sampled_tokens[-1] / 1e3,
         "at_tokens": accuracy_at(tokens, run),
         "seconds": sum(row.get("time/step", 0.0) for row in run.rows),
     }
@@ -263,14 +268,14 @@ COLUMNS = (
 )
 
 
-COSTS = (
+COSTS = (  # a mean each, with so many digits
     ("entropy", 4),
     ("length", 1),
     ("right", 1),
     ("tokens", 0),
     ("at_tokens", 3),
     ("seconds", 0),
-)  # a mean each, with so many digits
+)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -298,7 +303,7 @@ def with_interval(pairs: list[tuple[str, float, float]]) -> str:
 def table(groups: dict[str, list[Run]], baseline: str, threshold: float) -> str:
     """The Markdown table, and what differs between its rows. `ratio` is the baseline's steps over the row's own."""
     runs = [run for members in groups.values() for run in members if not run.fault]
-    budget = min(sampled_tokens(run)[-1] for run in runs)  # what every run has sampled
+    budget = min(run.sampled_tokens[-1] for run in runs)  # what every run has sampled
     values = {id(run): measure(run, threshold, budget) for run in runs}
     lines = [f"| {' | '.join(COLUMNS).format(threshold, budget / 1e3)} |", "| --- " * len(COLUMNS) + "|"]
     for name, members in groups.items():
@@ -355,7 +360,7 @@ def along(run: Run, x: str) -> np.ndarray:
         return np.arange(len(run.rows), dtype=float)
     if x.startswith("seconds"):
         return np.cumsum([row.get("time/step", 0.0) for row in run.rows])
-    return sampled_tokens(run)
+    return run.sampled_tokens
 
 
 def curve(members: list[Run], metric: str, x: str) -> np.ndarray:
@@ -482,7 +487,7 @@ def main() -> None:
         return watch(args.runs, max(args.watch, 0.2))
     runs = [read_run(folder) for folder in find_runs(args.runs)]
     if not runs:
-        end(f"no run in {', '.join(map(str, args.runs))}: a run's folder has a config.yaml")
+        end(no_run_in(args.runs))
     named = grouped([run for run in runs if run.config])
     set_copies_aside(named)
     for run in runs:
