@@ -192,9 +192,9 @@ class Policy(torch.nn.Module):
                 *forward(self, tokens, attention_mask, response_length, temperature, reference)
             )
 
-    def pack_rows(self) -> None:
+    def pack_rows(self, tokens, attention_mask) -> None:
         """From now score rows end to end in one, without padding; see fast/agreement.py."""
-        self.fast.pack_rows(self)
+        self.fast.pack_rows(self, tokens, attention_mask)
 
     def states_for_kl(self, tokens, attention_mask, response_length) -> tuple:
         """What `token_log_probs` of a policy needs of this model as its reference."""

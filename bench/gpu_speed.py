@@ -258,13 +258,13 @@ def log_probs(bench: Bench):
 
 
 def log_probs_here(bench: Bench):
-    """logprob_memory.py's comparison, in both types."""
+    """logprob_memory.py's comparison, in both types, for as many tokens as a micro-batch has on a GPU."""
     import model
 
     import common
     from logprob_memory import LARGE, WAYS, differences, measured, on_device
 
-    work = bench.sized(LARGE, TINY)
+    work = bench.sized(replace(LARGE, prompts=16), TINY)
     folder = Path(bench.scratch, "one_layer")
     device = "cuda" if common.on_gpu() else "cpu"
     common.make_model(folder, work, tied=True, device=device)
@@ -310,7 +310,8 @@ def steps_here(bench: Bench, names: list[str]):
     folder, work = model_folder(bench, "0.5B"), shape(bench, "0.5B")
     prompts = tuple(common.texts(4 * work.prompts, work.prompt_tokens))
     setting = Setting(bench.scratch, folder, prompts, compute_type(bench))
-    config = [] if bench.rehearse else ["train.micro_batch_tokens=16384"]
+    config = ["model.attention=auto"]  # as a run has it that says nothing; the peer knows sdpa alone
+    config += [] if bench.rehearse else ["train.micro_batch_tokens=16384"]
     sides = {name: side(name, setting, work, config) for name in names}
     answers = measured(sides, argparse.Namespace(pairs=1, threads=1))
     for quantity, values in summary(answers)[1].items():

@@ -4,7 +4,7 @@ Each is equal to the plain path of model.py and sample.py, and tested to be. Wit
 those take the plain path, and nothing else changes.
 """
 
-from fast.agreement import agrees, pack_rows
+from fast.agreement import agrees, pack_rows, two_rows
 from fast.decode import can_decode
 from fast.log_probs import log_probs_of_tokens, logits_at_once, states_for_kl
 from fast.recorded import decoding_loop
@@ -29,4 +29,5 @@ __all__ = [
     "response_states",
     "shares_prompts",
     "states_for_kl",
+    "two_rows",
 ]

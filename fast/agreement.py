@@ -63,16 +63,16 @@ def agrees(policy, plain_log_probs_of_tokens) -> bool:
 
 
 @torch.no_grad()
-def pack_rows(policy) -> None:
-    """Set the policy's attention to "varlen", if with it the model gives rows that come end to end
-    in one the states that it gives them one above the other; or leave it, and say so.
+def pack_rows(policy, tokens, attention_mask) -> None:
+    """Set the policy's attention to "varlen", if with it the model gives these rows, end to end in
+    one, the states that it gives them one above the other; or leave it, and say so.
 
     All ranks call it. Raises BadInput where the model cannot run it at all.
     """
     config, attention = policy.model.config, policy.model.config._attn_implementation
     varlen.register()
     config._attn_implementation = varlen.NAME
-    rows = *two_rows(policy), 2
+    rows = tokens, attention_mask, 2
     try:
         packed, padded = states_of_packed_rows(policy, *rows)[0], states_of_rows(policy, *rows)[0]
     except (RuntimeError, TypeError, ValueError) as error:

@@ -159,6 +159,9 @@ def in_few_passes(body, device_type: str):
     ways = [torch.compile(body, dynamic=True)]
 
     def compiled(*args):
+        # Of a view the compiler also knows what it is a part of: other sizes of that, another
+        # graph, which takes seconds. Those here are a number a row
+        args = [x.clone() if torch.is_tensor(x) and x._is_view() else x for x in args]
         try:
             return ways[-1](*args)
         except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or none that can

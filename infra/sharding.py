@@ -26,6 +26,10 @@ from infra.errors import BadInput, enough_memory
 from infra.pretrained import read_shares
 from infra.processes import world_size
 
+# Of Policy: FSDP2 gathers the weights for them. Each needs an argument, for on a GPU FSDP2 moves
+# what the root is called with, and fails where that is nothing.
+FORWARD_METHODS = ("generate", "token_log_probs", "states_for_kl", "pack_rows")
+
 
 def shard_size(settings) -> int:
     """Ranks that split one copy of the weights. Raises BadInput if shard x replicate is not the
@@ -78,12 +82,12 @@ def shard(policy, settings, device: torch.device, offload: bool = False):
     for layer in decoder_layers(policy):
         fully_shard(layer, **options)
     fully_shard(policy, **options)
-    for name in ("generate", "token_log_probs", "states_for_kl", "pack_rows"):
+    for name in FORWARD_METHODS:
         register_fsdp_forward_method(policy, name)
     if policy.unread is not None:
         read(policy, device, offload)
     if will_pack(policy, settings, device):
-        policy.pack_rows()
+        policy.pack_rows(*policy.fast.two_rows(policy))
         reshard(policy)
     return policy
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 
 import fast
@@ -18,8 +19,10 @@ import train
 from data import micro_batch_rows
 from infra import console
 from infra.errors import BadInput
+from infra.sharding import FORWARD_METHODS
 from model import (
     ModelConfig,
+    Policy,
     batch_log_probs,
     build,
     freeze,
@@ -145,24 +148,31 @@ def test_on_a_gpu_the_heads_products_of_bfloat16_are_rounded_to_fp32_alone(with_
 def test_what_a_gpu_compiles_is_one_graph_and_gives_what_is_written(kl, monkeypatch):
     """By dynamo and functionalisation, without a code generator: that takes a compiler and half a minute."""
     g = torch.Generator().manual_seed(0)
-    compile_for_gpu = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **how: compile_for_gpu(f, fullgraph=True, backend="aot_eager", **how)
-    )
+    graphs, compile_for_gpu = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_for_gpu(f, fullgraph=True, backend=backend, **how))
     fast.log_probs.in_few_passes.cache_clear()
     values_of, gradient_of = (
         fast.log_probs.in_few_passes(body, "cuda")
         for body in (fast.log_probs.values_of_chunk, fast.log_probs.gradient_of_chunk)
     )
-    for n in (5, 3):
-        logits, theirs, targets = (*torch.randn(2, n, V, generator=g), torch.randint(V, (n,), generator=g))
+    for n, first, of in ((5, 0, 5), (3, 0, 3), (5, 0, 13), (5, 5, 13), (3, 10, 13)):  # rows, of so many
+        here = slice(first, first + n)
+        logits, theirs, targets = (*torch.randn(2, n, V, generator=g), torch.randint(V, (of,), generator=g)[here])
         given, theirs = logits.clone(), theirs if kl else None
         values = fast.log_probs.values_of_chunk(logits, targets, theirs)
         torch.testing.assert_close(values_of(logits, targets, theirs), values, atol=0, rtol=0)
         assert logits.equal(given)  # a write to them would be one more pass
-        of_kl = (theirs, values[3][:, None], torch.full((n, 1), 0.3)) if kl else ()
-        how = (values[2][:, None], targets[:, None], torch.full((n, 1), 0.7), torch.bfloat16, *of_kl)
+        normaliser, scale, of_theirs = torch.empty(of), torch.full((of,), 0.7), torch.full((of,), 0.3)
+        normaliser[here] = values[2]
+        of_kl = (theirs, values[3][:, None], of_theirs[here, None] / 0.9) if kl else ()
+        how = (normaliser[here, None], targets[:, None], scale[here, None] / 0.9, torch.bfloat16, *of_kl)
         assert gradient_of(logits, *how).equal(fast.log_probs.gradient_of_chunk(logits, *how)) and logits.equal(given)
+    assert len(graphs) == 2  # one of each, whatever the chunks are parts of
     fast.log_probs.in_few_passes.cache_clear()
 
 
@@ -342,20 +352,27 @@ def test_only_layers_that_look_back_at_everything_are_packed_and_only_in_half_pr
     assert not fast.can_pack(policy, GPU, torch.bfloat16)
 
 
+@pytest.mark.parametrize("name", FORWARD_METHODS)
+def test_what_fsdp_gathers_weights_for_has_something_to_be_moved_to_the_gpu(name):
+    """FSDP2 moves the arguments of the root's pass to a GPU, and fails where there are none; on a CPU it does not."""
+    _, *arguments = inspect.signature(getattr(Policy, name)).parameters.values()
+    assert arguments and arguments[0].default is arguments[0].empty
+
+
 def test_a_model_that_mixes_packed_rows_up_goes_on_with_padded_ones_and_says_so(monkeypatch, capsys):
     policy = tiny_model()
-    policy.pack_rows()
+    policy.pack_rows(*fast.two_rows(policy))
     assert policy.config._attn_implementation == "varlen" and not capsys.readouterr().out
     policy.config._attn_implementation = "sdpa"
     as_one_row = fast.varlen.one_by_one
     monkeypatch.setattr(
         fast.varlen, "one_by_one", lambda q, k, v, ends, *rest: as_one_row(q, k, v, ends[[0, -1]], *rest)
     )
-    policy.pack_rows()
+    policy.pack_rows(*fast.two_rows(policy))
     assert policy.config._attn_implementation == "sdpa" and "rows are padded" in capsys.readouterr().out
     monkeypatch.setattr(fast.varlen, "one_by_one", None)
     with pytest.raises(BadInput, match=r"set model\.attention=sdpa"):
-        policy.pack_rows()
+        policy.pack_rows(*fast.two_rows(policy))
 
 
 def test_siblings_go_into_one_micro_batch_where_a_pass_runs_their_prompt_once(monkeypatch):
