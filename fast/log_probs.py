@@ -187,9 +187,10 @@ def _chunks(ours, reference, temperature, vocab_size):
     ours, reference: hidden [N, H], weight [V, H] and bias [V] or None; `reference` may be empty.
     """
     hidden, *head = ours
-    chunk = max(1, logits_at_once(hidden.device.type) // vocab_size)
-    for i in range(0, len(hidden), chunk):
-        here = slice(i, min(i + chunk, len(hidden)))
+    N, most = len(hidden), max(1, logits_at_once(hidden.device.type) // vocab_size)
+    parts = -(-N // most)
+    for i in range(parts):  # of one size: a last one of a single row would be compiled for anew
+        here = slice(N * i // parts, N * (i + 1) // parts)
         theirs = None
         if reference:
             states, *their_head = reference

@@ -100,8 +100,21 @@ def test_chunks_of_the_head_bound_the_logits_and_change_nothing(rows, rollout, m
     assert kept and not any(is_logits(x) for x in kept)
     with LargestLogits() as largest:
         chunked = values_and_gradients(policy, rollout)
-    assert largest.elements == rows * V
+    assert 0 < largest.elements <= rows * V
     torch.testing.assert_close(chunked, whole, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 15, 50])
+def test_chunks_are_of_one_size_so_that_none_is_a_single_row_left_over(n, monkeypatch):
+    """A single row would be compiled for by itself on a GPU: seconds."""
+    monkeypatch.setitem(fast.log_probs.LOGITS_AT_ONCE, "cpu", 7 * V)
+    states, head = torch.randn(n, 4), torch.randn(V, 4)
+    chunks = list(fast.log_probs._chunks((states, head, None), (), 1.0, V))
+    sizes = [len(logits) for _, logits, _ in chunks]
+    assert sum(sizes) == n and len(sizes) == -(-n // 7)
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    logits = torch.cat([logits for _, logits, _ in chunks]) if chunks else states.new_empty(0, V)
+    torch.testing.assert_close(logits, states @ head.t())
 
 
 def into_fp32(a, b, out_dtype):
