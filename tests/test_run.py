@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from infra.config import read_config
 from infra.errors import BadInput, RunStopped
+from infra.sharding import compute_dtype
 from model import load
 from tasks.chain import chain_tokenizer
 from tasks.problem import Problem, problems_hash
@@ -75,6 +76,14 @@ def test_every_config_of_the_project_loads_and_survives_being_written_down(file,
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(infra.config.to_dict(config)))
     assert config_of(str(written)) == config
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_of_the_project_starts_on_a_gpu(file):
+    """train.py refuses the sampler's log-probs where a GPU computes in less than fp32; a CPU never does."""
+    config = config_of(str(file))
+    on_gpu = compute_dtype(config.model, on_gpu=True)
+    assert config.train.old_log_probs == "recompute" or on_gpu == torch.float32
 
 
 @pytest.mark.parametrize(
