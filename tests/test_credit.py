@@ -121,6 +121,7 @@ def scores_by_hand(line: dict, values: dict, tokens: list[int]) -> dict[str, flo
         "log-prob": total("log_prob"),
         "entropy": -max(line["entropy"][t] for t in tokens),
         "step term": statistics.fmean(values["advantage"][t] - values["outcome"][t] for t in tokens),
+        "advantage": statistics.fmean(values["advantage"][t] for t in tokens),
         "PRM": total("process_log_prob", "ref_log_prob"),
         "answer": total("answer_log_prob", "log_prob"),
     }
@@ -194,7 +195,7 @@ def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
             del line[name]
     complete(tmp_path / "run", lines, 0, advantage="grpo")
     (row,) = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
-    assert [*row] == ["step", "steps", "log-prob", "entropy"]
+    assert [*row] == ["step", "steps", "log-prob", "entropy", "advantage"]
 
 
 def test_rounding_of_the_dumped_advantages_is_no_step_term(tmp_path):

@@ -12,6 +12,7 @@ which is which, 0.5 knows nothing. Scorers, of the tokens of a step:
     log-prob    of the policy, summed
     entropy     minus the largest
     step term   of the run's own estimator, its advantage minus the outcome term: the mean
+    advantage   the whole of it, as training used it: the mean; the outcome alone gives it more than 0.5
     PRM         log-ratio of PRIME's model to the reference, summed
     answer      log-ratio of the policy that is told the answer to the policy, summed
 
@@ -47,6 +48,7 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "log-prob": ("log_prob", torch.sum),
     "entropy": ("entropy", lambda values: -values.max()),
     "step term": ("step_term", torch.mean),
+    "advantage": ("advantage", torch.mean),
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
@@ -237,7 +239,8 @@ def steps_of(numbers: torch.Tensor) -> Iterator[slice]:
 def token_values(line: dict) -> dict[str, torch.Tensor]:
     """What SCORERS read of the tokens of a response, as far as the dump has it."""
     values = {**line["values"], "log_prob": line["log_prob"], "entropy": line["entropy"]}
-    values["step_term"] = ((values["advantage"] - values["outcome"]) / ROUNDING).round() * ROUNDING
+    values["step_term"] = rounded(values["advantage"] - values["outcome"])
+    values["advantage"] = rounded(values["advantage"])
     if "process_log_prob" in line and "ref_log_prob" in line:
         values["prm_log_ratio"] = line["process_log_prob"] - line["ref_log_prob"]
     if "answer_log_ratio" in line:
@@ -245,6 +248,11 @@ def token_values(line: dict) -> dict[str, torch.Tensor]:
     elif "answer_log_prob" in line:
         values["answer_log_ratio"] = line["answer_log_prob"] - line["log_prob"]
     return values
+
+
+def rounded(advantages: torch.Tensor) -> torch.Tensor:
+    """To ROUNDING, so that what is equal but for it ties."""
+    return (advantages / ROUNDING).round() * ROUNDING
 
 
 # --- tables and figures -------------------------------------------------------------------------------------------

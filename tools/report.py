@@ -338,10 +338,10 @@ def table(groups: dict[str, list[Run]], baseline: str, threshold: float) -> str:
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
-STYLES = [  # Okabe and Ito's colours, but for yellow; line and marker tell them apart in grey too
+STYLES = [  # Okabe and Ito's colours, brown for their yellow; line and marker tell them apart in grey too
     *(("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#D55E00", "-.", "^"), ("#009E73", ":", "D")),
     *(("#CC79A7", (0, (6, 1, 1, 1, 1, 1)), "v"), ("#E69F00", (0, (8, 2)), "P"), ("#56B4E9", (0, (3, 1)), "X")),
-    ("#777777", (0, (1, 1)), "*"),
+    *(("#777777", (0, (1, 1)), "*"), ("#7F4A1E", (0, (4, 1, 1, 1)), "<")),
 ]
 FIGURES = {  # file: (metric, its label, x)
     "accuracy-steps": ("eval/accuracy", "held-out accuracy", "step"),
