@@ -356,21 +356,39 @@ def test_a_run_of_oppo_needs_no_reference_and_dumps_what_its_advantage_is_made_o
             assert row["advantage"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name, beta", [("prime_prefix", 10), ("rto", 0.05)])
-def test_a_kill_and_two_processes_change_nothing(name, beta, warm, tmp_path):
-    """Mini-batches cut groups where some are not kept, and micro-batches part siblings."""
-    change = (warm, *PRIME, f"algorithm.advantage={name}", f"algorithm.beta={beta}", "train.mini_batch_size=16")
-    change += ("train.prompts_per_step=8", "train.save_every=3", "algorithm.keep_accuracy=[0.01,0.99]")
+def assert_a_kill_and_two_processes_change_nothing(change: tuple[str, ...], tmp_path, n: int) -> list[dict]:
+    """The kill is at optimizer step n of step 4. -> the metrics.
+
+    Mini-batches cut groups where some are not kept, and micro-batches part siblings.
+    """
+    change += ("train.mini_batch_size=16", "train.prompts_per_step=8", "train.save_every=3")
+    change += ("algorithm.keep_accuracy=[0.01,0.99]",)
     one, again = tmp_path / "one", tmp_path / "again"
     finished(one, *change)
-    code, words = ran(again, *change, on="optimizer", step=4, n=2, does="kill")
+    code, words = ran(again, *change, on="optimizer", step=4, n=n, does="kill")
     assert code == -9, words
     assert "going on after step 3" in finished(again, *change, "resume=true")
     assert chaos.differences(one, again) == []
     finished(tmp_path / "two", *change, ranks=2)
     assert_alike(chaos.metrics(one), chaos.metrics(tmp_path / "two"))
     assert page_of(one)["check"].startswith("✓")
-    assert chaos.metrics(one)[-1]["prm/loss"] != chaos.metrics(one)[1]["prm/loss"]
+    return chaos.metrics(one)
+
+
+@pytest.mark.parametrize("name, beta", [("prime_prefix", 10), ("rto", 0.05)])
+def test_a_kill_and_two_processes_change_nothing(name, beta, warm, tmp_path):
+    change = (warm, *PRIME, f"algorithm.advantage={name}", f"algorithm.beta={beta}")
+    metrics = assert_a_kill_and_two_processes_change_nothing(change, tmp_path, n=2)
+    assert metrics[-1]["prm/loss"] != metrics[1]["prm/loss"]
+
+
+@pytest.mark.parametrize("name", ["posterior_grpo", "lambda_grpo", "egae"])
+def test_nor_where_no_prm_learns(name, warm, tmp_path):
+    change = (warm, *PRIME, f"algorithm.advantage={name}", "critic.learning_rate=1e-3")
+    metrics = assert_a_kill_and_two_processes_change_nothing(change, tmp_path, n=1)
+    assert metrics[-1]["grad_norm"] > 0
+    if name == "egae":
+        assert metrics[-1]["critic/loss"] != metrics[1]["critic/loss"]
 
 
 @pytest.mark.parametrize("name", ["prl", "lambda_grpo"])
