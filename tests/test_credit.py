@@ -127,8 +127,8 @@ def scores_by_hand(line: dict, values: dict, tokens: list[int]) -> dict[str, flo
     }
 
 
-def steps_by_hand(lines: list[dict]) -> list[tuple[dict, int, float]]:
-    """(scores, label, Monte-Carlo advantage) of every step of a dump."""
+def steps_by_hand(lines: list[dict]) -> list[tuple[dict, int, float, dict]]:
+    """(scores, label, Monte-Carlo advantage, its response) of every step of a dump."""
     found = []
     for start in range(0, len(lines), G):
         siblings = lines[start : start + G]
@@ -136,7 +136,7 @@ def steps_by_hand(lines: list[dict]) -> list[tuple[dict, int, float]]:
             for number in sorted(set(line["trace_id"])):
                 tokens = [t for t, k in enumerate(line["trace_id"]) if k == number]
                 gain = line["value_after"][tokens[0]] - line["value_before"][tokens[0]]
-                found.append((scores_by_hand(line, values, tokens), line["step_label"][tokens[0]], gain))
+                found.append((scores_by_hand(line, values, tokens), line["step_label"][tokens[0]], gain, line))
     return found
 
 
@@ -162,6 +162,21 @@ def complete(folder, lines, seed: int, step: int = 3, **algorithm):
     return folder
 
 
+def within_by_hand(lines: list[dict], name: str) -> float:
+    """The chance that a right step has a larger score than the wrong one of its own response, ties half."""
+    won = pairs = 0
+    for start in range(0, len(lines), G):
+        for line in lines[start : start + G]:
+            siblings = lines[start : start + G]
+            scored = [step for step in steps_by_hand(siblings) if step[3] is line]
+            for wrong, label, _, _ in scored:
+                for right, other, _, _ in scored:
+                    if (label, other) == (0, 1):
+                        pairs += 1
+                        won += (right[name] > wrong[name]) + 0.5 * (right[name] == wrong[name])
+    return won / pairs
+
+
 def test_every_cell_is_the_statistic_of_the_steps_of_all_seeds(tmp_path):
     dumps = {seed: traced(LINES[G:], seed) for seed in range(2)}
     for seed, lines in dumps.items():
@@ -169,21 +184,49 @@ def test_every_cell_is_the_statistic_of_the_steps_of_all_seeds(tmp_path):
     complete(tmp_path / "other", traced(LINES[G:], 7), 0, advantage="spro_local")
     text = credit.tables(credit.gathered([tmp_path], None), None)
     assert re.findall(r"^(\S+), (\d) runs?: (\w+)", text, re.M) == [
-        (name, n, kind) for name, n in (("spro_local", "1"), ("spro", "2")) for kind in ("AUC", "Spearman")
+        (name, n, kind) for name, n in (("spro_local", "1"), ("spro", "2")) for kind in ("AUC", "AUC", "Spearman")
     ]
-    rows = cells_of(text)
+    overall, within, spearman = cells_of(text)[3:]
     steps = [step for lines in dumps.values() for step in steps_by_hand(lines)]
-    judged = [(scores, label == 1) for scores, label, _ in steps if label >= 0]
+    judged = [(scores, label == 1) for scores, label, *_ in steps if label >= 0]
     right = [is_right for _, is_right in judged]
-    assert rows[2]["steps"] == f"{sum(right)} right, {len(right) - sum(right)} wrong" and rows[2]["step"] == "3"
-    assert rows[3]["steps"] == str(len(steps)) and [*rows[2]] == [*rows[3]] == ["step", "steps", *credit.SCORERS]
+    assert overall["steps"] == f"{sum(right)} right, {len(right) - sum(right)} wrong" and overall["step"] == "3"
+    assert spearman["steps"] == str(len(steps))
+    for row in (overall, within, spearman):
+        assert [*row] == ["step", "steps", *credit.SCORERS]
+    both = [line for lines in dumps.values() for line in lines]
     for name in credit.SCORERS:
-        value, low, high = map(float, re.findall(r"-?[\d.]+", rows[2][name]))
-        assert value == pytest.approx(auc_by_pairs([scores[name] for scores, _ in judged], right), abs=0.006)
-        assert low <= value <= high and low < high
-        value, low, high = map(float, re.findall(r"-?[\d.]+", rows[3][name]))
-        expected = spearman_by_ranks([scores[name] for scores, *_ in steps], [gain for *_, gain in steps])
-        assert value == pytest.approx(expected, abs=0.006) and low <= value <= high
+        expected = {
+            "overall": auc_by_pairs([scores[name] for scores, _ in judged], right),
+            "within": within_by_hand(both, name),
+            "spearman": spearman_by_ranks([scores[name] for scores, *_ in steps], [gain for _, _, gain, _ in steps]),
+        }
+        for kind, row in (("overall", overall), ("within", within), ("spearman", spearman)):
+            value, low, high = map(float, re.findall(r"-?[\d.]+", row[name]))
+            assert value == pytest.approx(expected[kind], abs=0.006), (kind, name)
+            assert low <= value <= high and low < high
+
+
+def test_an_auc_within_responses_does_not_see_which_response_is_wrong(tmp_path):
+    """A score that is the same all over a response tells wrong responses from right ones, and no place in them."""
+    lines = traced(LINES[G:], 0)
+    for number, line in enumerate(lines):
+        steps = len(line["log_prob"])
+        line["log_prob"] = [-1.0 if number % 2 else -2.0] * steps
+        line["trace_id"] = line["step_id"] = list(range(steps))
+        line["step_label"] = [1] * steps if number % 2 else [1] + [0] + [-1] * (steps - 2)
+    complete(tmp_path / "run", lines, 0)
+    rows = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
+    assert float(rows[0]["log-prob"][:4]) > 0.8
+    assert "log-prob" not in rows[1]  # equal everywhere, as a scorer that says nothing
+
+
+@pytest.mark.parametrize("scorer", ["advantage", "step term"])
+def test_steps_of_one_advantage_tie_however_long_they_are(scorer):
+    """In float32 the mean of three times 0.1 is not that of seven times 0.1."""
+    _, mean = credit.SCORERS[scorer]
+    assert len({mean(torch.full((tokens,), 0.1)).item() for tokens in range(1, 200)}) == 1
+    assert len({torch.full((tokens,), 0.1).mean().item() for tokens in range(1, 200)}) > 1
 
 
 def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
@@ -194,8 +237,9 @@ def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
         for name in ("ref_log_prob", "process_log_prob", "answer_log_prob", "value_before", "value_after"):
             del line[name]
     complete(tmp_path / "run", lines, 0, advantage="grpo")
-    (row,) = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
-    assert [*row] == ["step", "steps", "log-prob", "entropy", "advantage"]
+    overall, within = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
+    assert [*overall] == ["step", "steps", "log-prob", "entropy", "advantage"]
+    assert [*within] == ["step", "steps", "log-prob", "entropy"]  # GRPO's advantage is one number for a response
 
 
 def test_rounding_of_the_dumped_advantages_is_no_step_term(tmp_path):
@@ -209,25 +253,33 @@ def test_rounding_of_the_dumped_advantages_is_no_step_term(tmp_path):
     complete(tmp_path / "run", first, 0, step=1)
     complete(tmp_path / "run", traced(LINES[G:], 1), 0, step=10)
     rows = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
-    assert [row["step"] for row in rows] == ["1", "10", "1", "10"]
-    assert all(rows[0][name] == "0.50 [0.50, 0.50]" for name in ("log-ratio", "CPR", "MSA", "step term"))
-    assert rows[1]["step term"] != "0.50 [0.50, 0.50]" and rows[2]["step term"] == "-"
+    assert [row["step"] for row in rows] == ["1", "10"] * 3
+    for row in (rows[0], rows[2]):
+        assert all(row[name] == "0.50 [0.50, 0.50]" for name in ("log-ratio", "CPR", "MSA", "step term"))
+    assert rows[1]["step term"] != "0.50 [0.50, 0.50]" and rows[4]["step term"] == "-"
 
 
-def test_figures_are_drawn_for_both_tables(tmp_path, capsys, monkeypatch):
+def test_every_table_is_drawn_and_the_step_terms_of_several_configs_together(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for step in (1, 10):
         complete(tmp_path / "run", traced(LINES[G:], step), 0, step=step)
-    monkeypatch.setattr(sys, "argv", ["credit", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    arguments = ["credit", "--out", str(tmp_path / "out"), str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", arguments)
     credit.main()
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "auc-spro-1-run.svg",
-        "spearman-spro-1-run.svg",
-        "credit.md",
-    }
+    of_one = {f"{kind}-spro-1-run.svg" for kind in ("auc", "within", "spearman")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*of_one, "credit.md"}
     svg = (tmp_path / "out" / "auc-spro-1-run.svg").read_text()
     assert all(f">{name}<" in svg for name in credit.SCORERS)
     assert (tmp_path / "out" / "credit.md").read_text() == capsys.readouterr().out
+
+    complete(tmp_path / "other", traced(LINES[G:], 7), 0, step=20, advantage="spro_local")
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "other")])
+    credit.main()
+    drawn = {file.name for file in (tmp_path / "out").iterdir()} - of_one - {"credit.md"}
+    of_other = {f"{kind}-spro_local-1-run.svg" for kind in ("auc", "within", "spearman")}
+    assert drawn == {*of_other, "auc-step-term.svg", "within-step-term.svg"}
+    svg = (tmp_path / "out" / "auc-step-term.svg").read_text()
+    assert ">spro, 1 run<" in svg and ">spro_local, 1 run<" in svg
 
 
 def test_runs_that_tell_nothing_are_refused(tmp_path):
@@ -243,7 +295,10 @@ def test_a_runs_dumps_are_measured_from_the_command_line(tmp_path, warm):
     script = [sys.executable, "-m", "tools.credit", str(tmp_path / "run")]
     done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "oracle, 1 run: AUC" in done.stdout and len(cells_of(done.stdout)) == 2
+    assert (
+        done.stdout.count("oracle, 1 run: AUC") == 2
+        and [row["step"] for row in cells_of(done.stdout)] == ["1", "2"] * 2
+    )
 
 
 # --- with the runs' models ----------------------------------------------------------------------------------------
@@ -322,16 +377,18 @@ def test_a_policy_that_was_not_saved_is_replaced_by_the_nearest_one_and_that_is_
     assert all(torch.equal(a, b) for a, b in zip(taken.parameters(), last.parameters(), strict=True))
 
 
-def test_a_run_of_grpo_gets_both_tables_and_all_that_its_models_say(tmp_path, warm):
+def test_a_run_of_grpo_gets_all_tables_and_all_that_its_models_say(tmp_path, warm):
     finished(tmp_path / "run", warm, *ALL_KEPT, "algorithm.advantage=grpo", "algorithm.line_end=;")
     script = [sys.executable, "-m", "tools.credit", str(tmp_path / "run"), "--continuations", "2"]
     done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     of_steps = cells_of(done.stdout)
-    assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 2
-    assert all({"log-ratio", "CPR", "MSA", "log-prob", "entropy", "answer"} <= row.keys() for row in of_steps)
+    assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 3
+    overall, spearman = of_steps[:3], of_steps[6:]
+    for row in (*overall, *spearman):
+        assert {"log-ratio", "CPR", "MSA", "log-prob", "entropy", "answer"} <= row.keys()
     # At the first step policy and reference are equal, so that MSA is 0 everywhere; at the third they are not
-    assert of_steps[0]["MSA"] == "0.50 [0.50, 0.50]" and of_steps[3]["MSA"] == "-" != of_steps[5]["MSA"]
+    assert overall[0]["MSA"] == "0.50 [0.50, 0.50]" and spearman[0]["MSA"] == "-" != spearman[2]["MSA"]
 
 
 def test_the_reference_and_the_policy_are_scored_alike(tmp_path, warm):

@@ -623,6 +623,33 @@ def test_expected_gradient_of_the_step_term_pushes_away_from_the_reference(group
     assert torch.equal(policy.expected_gradient(spro.spro_advantage, policy.theta.detach()), grpo)  # pi = ref
 
 
+@pytest.mark.parametrize("stop", [False, True], ids=["fixed length", "variable length"])
+def test_of_the_optimal_policy_the_sum_is_the_value_of_the_prefix(stop):
+    """docs/algorithm.md: R~_t = V*(s_t+1) - V*(s_0), with V* the soft value by backward induction from the rewards."""
+    policy = Tabular(2, stop)
+    responses = [tuple(row[:n]) for row, n in zip(policy.action.tolist(), policy.mask.sum(1).tolist(), strict=True)]
+    reward = dict(zip(responses, policy.rewards.tolist(), strict=True))
+    ref = policy.ref_theta.log_softmax(1)
+    symbols = range(ref.shape[1])
+
+    def value(prefix: tuple) -> float:
+        if prefix in reward:
+            return reward[prefix]
+        chances = ref[policy.number[prefix]].exp().tolist()
+        return BETA * math.log(sum(chances[a] * math.exp(value((*prefix, a)) / BETA) for a in symbols))
+
+    optimal = torch.zeros_like(ref)
+    for prefix, number in policy.number.items():
+        for a in symbols:
+            optimal[number, a] = ref[number, a] + (value((*prefix, a)) - value(prefix)) / BETA
+    assert_equal(optimal.exp().sum(1), torch.ones(len(optimal)).double(), 1e-12)  # it is a policy
+    rewards = spro.process_reward(policy.log_probs(optimal), policy.log_probs(policy.ref_theta), BETA)
+    cpr = spro.cumulative_process_reward(rewards, policy.mask)
+    for response, row in zip(responses, cpr, strict=True):
+        for t in range(len(response)):
+            assert row[t].item() == pytest.approx(value(response[: t + 1]) - value(()), abs=1e-10)
+
+
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_the_sum_over_the_past_adds_variance_and_no_gradient(group_size):
     """At fixed length spro and spro_local push alike, spro_loo by G / (G - 1) more, and spro_history not at all."""

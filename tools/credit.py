@@ -5,7 +5,8 @@
 RUN is a run folder, or a folder with runs in it; runs are pooled as tools.report groups them. Where a task verifies its
 steps, the dumps say of each step whether it is right or the response's first wrong one. A scorer gives every step a
 number; its AUC is the chance that a right step has a larger one than a wrong step has, a tie counting half: 1 knows
-which is which, 0.5 knows nothing. Scorers, of the tokens of a step:
+which is which, 0.5 knows nothing. A second AUC compares only steps of the same response: it asks where the mistake is,
+and not in which response. Scorers, of the tokens of a step:
 
     log-ratio   policy to reference, summed: over beta, what the CPR gains in the step
     CPR, MSA    at the step's end
@@ -47,11 +48,12 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "MSA": ("msa", lambda values: values[-1]),
     "log-prob": ("log_prob", torch.sum),
     "entropy": ("entropy", lambda values: -values.max()),
-    "step term": ("step_term", torch.mean),
-    "advantage": ("advantage", torch.mean),
+    "step term": ("step_term", lambda values: values.double().mean()),  # exact where all tokens have the same, so that
+    "advantage": ("advantage", lambda values: values.double().mean()),  # steps of one number tie
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
+NOTHING = (np.nan, np.nan, np.nan)  # where a config has no dump
 ROUNDING = 1e-5  # of the advantages, which training computes in fp32
 
 
@@ -137,6 +139,7 @@ def with_interval(statistic: Callable[[np.ndarray], float], draws: np.ndarray) -
 
 KINDS = {  # file: (what it is, its statistic, what a scorer has that knows nothing)
     "auc": ("AUC of right steps against first wrong ones", auc, 0.5),
+    "within": ("AUC of right steps against the first wrong one of the same response", auc, 0.5),
     "spearman": ("Spearman of the scorers with the Monte-Carlo advantage", spearman, 0.0),
 }
 
@@ -149,12 +152,11 @@ class Steps:
     groups: list[tuple[int, int]] = field(default_factory=list)  # of siblings, as (run, number)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, values: dict[str, torch.Tensor], tokens: slice, truth: bool | float, group: tuple[int, int]) -> None:
+    def add(self, scores: dict[str, float], truth: bool | float, group: tuple[int, int]) -> None:
         self.truth.append(truth)
         self.groups.append(group)
-        for name, (source, reduced) in SCORERS.items():
-            if source in values:
-                self.scores[name].append(reduced(values[source][tokens]).item())
+        for name, score in scores.items():
+            self.scores[name].append(score)
 
     def compared(self, scorers: list[str], statistic) -> dict[str, tuple[float, float, float]]:
         """scorer -> (its statistic with the truth, low, high)."""
@@ -215,15 +217,37 @@ def add_line(steps: dict[str, Steps], line: dict, group: tuple[int, int]) -> Non
     """Add the steps of one response to those of each kind that the dump tells the truth of."""
     values = token_values(line)
     if "step_label" in line:
-        for tokens in steps_of(line["trace_id"]):
-            label = line["step_label"][tokens][0].item()
-            if label >= 0:
-                steps["auc"].add(values, tokens, label == 1, group)
+        add_labelled(steps, line, values, group)
     if "value_after" in line:
         gains = line["value_after"] - line["value_before"]
         for tokens in steps_of(line["step_id"]):
             if gains[tokens][0].isfinite():
-                steps["spearman"].add(values, tokens, gains[tokens][0].item(), group)
+                steps["spearman"].add(step_scores(values, tokens), gains[tokens][0].item(), group)
+
+
+def add_labelled(steps: dict[str, Steps], line: dict, values: dict[str, torch.Tensor], group: tuple[int, int]) -> None:
+    """The right steps of a response and its first wrong one.
+
+    For "within" a score is above, at or below that of the wrong step of the same response: 1, 0 or -1. That of the
+    wrong step itself is 0, so that the AUC of these numbers compares no step with one of another response.
+    """
+    labelled = [
+        (step_scores(values, tokens), line["step_label"][tokens][0].item()) for tokens in steps_of(line["trace_id"])
+    ]
+    labelled = [(scores, label == 1) for scores, label in labelled if label >= 0]
+    wrong = next((scores for scores, right in labelled if not right), None)
+    for scores, right in labelled:
+        steps["auc"].add(scores, right, group)
+        if wrong:
+            signs = {name: float(np.sign(score - wrong[name])) for name, score in scores.items()}
+            steps["within"].add(signs, right, group)
+
+
+def step_scores(values: dict[str, torch.Tensor], tokens: slice) -> dict[str, float]:
+    """scorer -> its number of one step."""
+    return {
+        name: reduced(values[source][tokens]).item() for name, (source, reduced) in SCORERS.items() if source in values
+    }
 
 
 def steps_of(numbers: torch.Tensor) -> Iterator[slice]:
@@ -259,8 +283,10 @@ def rounded(advantages: torch.Tensor) -> torch.Tensor:
 
 
 def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
-    """A Markdown table for each config and kind; with `out`, each as a figure there too."""
-    parts = []
+    """A Markdown table for each config and kind; with `out`, each as a figure there too, and for each AUC one of what
+    the configs' own step terms know.
+    """
+    parts, step_terms = [], defaultdict(dict)
     for name, by_kind in found.items():
         for kind, (title, statistic, ignorance) in KINDS.items():
             by_step = {step: steps for step, steps in sorted(by_kind[kind].items()) if steps.truth}
@@ -269,9 +295,17 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
             if not rows:
                 continue
             parts.append(f"{name}: {title}\n\n{table(rows, by_step, scorers)}")
+            if "step term" in scorers and kind != "spearman":
+                step_terms[kind][name] = {step: row["step term"] for step, row in rows.items()}
             if out:
                 slug = re.sub(r"\W+", "-", name).strip("-")
                 draw(rows, scorers, title, ignorance, out / f"{kind}-{slug}.svg")
+    for kind, of_configs in step_terms.items():
+        if out and len(of_configs) > 1:
+            title, _, ignorance = KINDS[kind]
+            dumped = sorted({step for of_config in of_configs.values() for step in of_config})
+            rows = {step: {name: of_configs[name].get(step, NOTHING) for name in of_configs} for step in dumped}
+            draw(rows, list(of_configs), f"of the step term: {title}", ignorance, out / f"{kind}-step-term.svg")
     return "\n\n".join(parts)
 
 
