@@ -42,10 +42,18 @@ def values_line(config) -> tuple[str, ...]:
     if not config.needs_values:
         return ()
     tokens = config.algorithm.step_tokens
-    step = f"stretch of {tokens} tokens" if tokens else "line"
+    continuations = config.values.continuations
+    budget = continuations * config.train.prompts_per_step * config.samples_per_prompt
+    if tokens:
+        step = f"stretch of {tokens} tokens"
+        stretches = -(-config.sample.max_new_tokens // tokens)
+        at_most = f"{budget * stretches:,} a step"
+    else:
+        step = "line"
+        at_most = f"{budget:,} a step for every line that responses have"
     return (
-        f"values   {config.values.continuations} continuations from the beginning of every {step} "
-        "of every response that is learned from",
+        f"values   {continuations} continuations from the beginning of every {step} "
+        f"of every response that is learned from: at most {at_most}",
     )
 
 

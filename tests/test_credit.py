@@ -221,12 +221,14 @@ def test_an_auc_within_responses_does_not_see_which_response_is_wrong(tmp_path):
     assert "log-prob" not in rows[1]  # equal everywhere, as a scorer that says nothing
 
 
-@pytest.mark.parametrize("scorer", ["advantage", "step term"])
-def test_steps_of_one_advantage_tie_however_long_they_are(scorer):
-    """In float32 the mean of three times 0.1 is not that of seven times 0.1."""
-    _, mean = credit.SCORERS[scorer]
-    assert len({mean(torch.full((tokens,), 0.1)).item() for tokens in range(1, 200)}) == 1
-    assert len({torch.full((tokens,), 0.1).mean().item() for tokens in range(1, 200)}) > 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_one_advantage_tie_however_long_they_are(dtype):
+    """The mean of three times 0.1 is not that of seven times 0.1, to the last bit."""
+    steps = [torch.full((tokens,), 0.1, dtype=dtype) for tokens in range(1, 200)]
+    assert len({step.mean().item() for step in steps}) > 1
+    for scorer in ("advantage", "step term"):
+        _, mean = credit.SCORERS[scorer]
+        assert len({mean(credit.rounded(step)).item() for step in steps}) == 1
 
 
 def test_a_scorer_that_is_not_dumped_or_silent_has_no_column(tmp_path):
@@ -382,6 +384,12 @@ def test_a_run_of_grpo_gets_all_tables_and_all_that_its_models_say(tmp_path, war
     script = [sys.executable, "-m", "tools.credit", str(tmp_path / "run"), "--continuations", "2"]
     done = subprocess.run(script, cwd=chaos.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    asked = re.findall(r"step (\d): 2 continuations of up to ([\d,]+) prefixes", done.stderr)
+    lines = [
+        sum(line["text"].count(";") + (line["text"][-1:] != ";") for line in dumped(tmp_path / "run", k))
+        for k in (1, 2, 3)
+    ]
+    assert asked == [(str(k), f"{n:,}") for k, n in zip((1, 2, 3), lines, strict=True)]
     of_steps = cells_of(done.stdout)
     assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 3
     overall, spearman = of_steps[:3], of_steps[6:]

@@ -362,8 +362,12 @@ def test_the_start_of_a_run_says_how_often_prefixes_are_continued(policy):
 
     (line,) = [line for line in said(advantage="vine") if line.startswith("values")]
     assert line.startswith("values   8 continuations from the beginning of every line of every response")
+    sizes = config_with()
+    responses = sizes.train.prompts_per_step * sizes.sample.group_size
+    assert line.endswith(f"at most {8 * responses:,} a step for every line that responses have")
     (line,) = [line for line in said(advantage="pav", step_tokens=16) if line.startswith("values")]
-    assert "every stretch of 16 tokens" in line
+    stretches = math.ceil(sizes.sample.max_new_tokens / 16)
+    assert "every stretch of 16 tokens" in line and line.endswith(f"at most {8 * responses * stretches:,} a step")
     assert not [line for line in said(advantage="grpo") if line.startswith("values")]
 
 

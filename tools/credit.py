@@ -48,8 +48,8 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "MSA": ("msa", lambda values: values[-1]),
     "log-prob": ("log_prob", torch.sum),
     "entropy": ("entropy", lambda values: -values.max()),
-    "step term": ("step_term", lambda values: values.double().mean()),  # exact where all tokens have the same, so that
-    "advantage": ("advantage", lambda values: values.double().mean()),  # steps of one number tie
+    "step term": ("step_term", lambda values: rounded(values.mean())),
+    "advantage": ("advantage", lambda values: rounded(values.mean())),
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
@@ -275,7 +275,7 @@ def token_values(line: dict) -> dict[str, torch.Tensor]:
 
 
 def rounded(advantages: torch.Tensor) -> torch.Tensor:
-    """To ROUNDING, so that what is equal but for it ties."""
+    """To ROUNDING, so that what is equal but for it ties: tokens, and the means of steps of different lengths."""
     return (advantages / ROUNDING).round() * ROUNDING
 
 

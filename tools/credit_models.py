@@ -106,6 +106,11 @@ class RunModels:
             add(lines, step_label=labels, trace_id=trace_ids)
         if "value_after" not in lines[0]:
             numbers = steps.step_ids(batch, policy.tokenizer, config.algorithm)
+            prefixes = sum(len(set(row[row >= 0].tolist())) for row in numbers)
+            print(
+                f"{self.run}, step {step}: {continuations} continuations of up to {prefixes:,} prefixes",
+                file=sys.stderr,
+            )
             key = (config.seed, Draw.CONTINUE, step)
             before, after, _ = values.continue_prefixes(
                 policy, batch, numbers, continuations, config.sample, self.grader, key
