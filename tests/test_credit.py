@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from infra.errors import BadInput
-from tools import credit, inspector
+from tools import credit, inspector, report
 from tools.credit_models import RunModels
 
 import chaos
@@ -282,6 +282,15 @@ def test_every_table_is_drawn_and_the_step_terms_of_several_configs_together(tmp
     assert drawn == {*of_other, "auc-step-term.svg", "within-step-term.svg"}
     svg = (tmp_path / "out" / "auc-step-term.svg").read_text()
     assert ">spro, 1 run<" in svg and ">spro_local, 1 run<" in svg
+
+
+def test_more_step_terms_than_a_figure_has_styles_are_drawn_in_several(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = [f"method {k}, 1 run" for k in range(len(report.STYLES) + 2)]
+    credit.draw_step_terms("auc", {name: {1: (0.5, 0.4, 0.6), 10: (0.6, 0.5, 0.7)} for name in names}, tmp_path)
+    drawn = [(tmp_path / file).read_text() for file in ("auc-step-term.svg", "auc-step-term-2.svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auc-step-term-2.svg", "auc-step-term.svg"]
+    assert all(sum(f">{name}<" in svg for svg in drawn) == 1 for name in names)
 
 
 def test_runs_that_tell_nothing_are_refused(tmp_path):

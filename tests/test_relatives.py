@@ -382,7 +382,7 @@ def test_a_kill_and_two_processes_change_nothing(name, beta, warm, tmp_path):
     assert metrics[-1]["prm/loss"] != metrics[1]["prm/loss"]
 
 
-@pytest.mark.parametrize("name", ["posterior_grpo", "lambda_grpo", "egae"])
+@pytest.mark.parametrize("name", ["posterior_grpo", "lambda_grpo", "egae", "oppo", "step_oracle"])
 def test_nor_where_no_prm_learns(name, warm, tmp_path):
     change = (warm, *PRIME, f"algorithm.advantage={name}", "critic.learning_rate=1e-3")
     metrics = assert_a_kill_and_two_processes_change_nothing(change, tmp_path, n=1)

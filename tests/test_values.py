@@ -441,6 +441,10 @@ def test_a_run_with_values_has_their_metrics_and_no_reference(straight):
 def test_two_processes_value_prefixes_as_one_does(straight, warm, tmp_path):
     finished(tmp_path / "two", warm, *VINE, ranks=2)
     assert_alike(chaos.metrics(straight), chaos.metrics(tmp_path / "two"))
+    of_one, of_two = learned_rows(straight), learned_rows(tmp_path / "two")
+    assert len(of_one) == len(of_two) > 0
+    for row, other in zip(of_one, of_two, strict=True):
+        assert all(row[name] == other[name] for name in ("text", "value_before", "value_after"))
 
 
 @pytest.mark.parametrize("moment", ["generate", "update"])

@@ -302,11 +302,20 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
                 draw(rows, scorers, title, ignorance, out / f"{kind}-{slug}.svg")
     for kind, of_configs in step_terms.items():
         if out and len(of_configs) > 1:
-            title, _, ignorance = KINDS[kind]
-            dumped = sorted({step for of_config in of_configs.values() for step in of_config})
-            rows = {step: {name: of_configs[name].get(step, NOTHING) for name in of_configs} for step in dumped}
-            draw(rows, list(of_configs), f"of the step term: {title}", ignorance, out / f"{kind}-step-term.svg")
+            draw_step_terms(kind, of_configs, out)
     return "\n\n".join(parts)
+
+
+def draw_step_terms(kind: str, of_configs: dict[str, dict[int, tuple]], out: Path) -> None:
+    """What the step term of each config knows; in a second figure and further ones where there are too many."""
+    title, _, ignorance = KINDS[kind]
+    names, at_once = list(of_configs), len(report.STYLES)
+    for first in range(0, len(names), at_once):
+        part = names[first : first + at_once]
+        dumped = sorted({step for name in part for step in of_configs[name]})
+        rows = {step: {name: of_configs[name].get(step, NOTHING) for name in part} for step in dumped}
+        which = f"-{first // at_once + 1}" if first else ""
+        draw(rows, part, f"step terms: {title}", ignorance, out / f"{kind}-step-term{which}.svg")
 
 
 def speaks(scorer: str, by_step: ByStep) -> bool:
@@ -329,7 +338,9 @@ def figure(value: float, low: float, high: float) -> str:
 
 
 def draw(rows: dict[int, dict[str, tuple]], scorers: list[str], title: str, ignorance: float, file: Path) -> None:
-    """Every scorer's line against the RL step, with its interval as a band."""
+    """The line of each scorer, or config, against the RL step, with its interval as a band. A scorer has the same style
+    in every figure.
+    """
     matplotlib = optional("matplotlib", "matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "credit", "font.size": 11, "svg.fonttype": "none"}
@@ -337,12 +348,15 @@ def draw(rows: dict[int, dict[str, tuple]], scorers: list[str], title: str, igno
 
     drawing, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
     axes.axhline(ignorance, color="#999999", linewidth=0.8)
-    for scorer, (colour, line, marker) in zip(scorers, report.STYLES, strict=False):
+    styled = list(SCORERS) if scorers[0] in SCORERS else scorers
+    for scorer, (colour, line, marker) in zip(styled, report.STYLES, strict=False):
+        if scorer not in scorers:
+            continue
         value, low, high = np.array([row[scorer] for row in rows.values()]).T
         axes.fill_between(list(rows), low, high, color=colour, alpha=0.12, linewidth=0)
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
         axes.plot(list(rows), value, label=scorer, **style)
-    axes.set(xlabel="RL step", ylabel=title)
+    axes.set(xlabel="RL step", ylabel=title.replace(" against ", "\nagainst "))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     drawing.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8, handlelength=4)
