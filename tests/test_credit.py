@@ -207,6 +207,22 @@ def test_every_cell_is_the_statistic_of_the_steps_of_all_seeds(tmp_path):
             assert low <= value <= high and low < high
 
 
+def test_the_last_row_is_of_all_steps_but_the_first_together(tmp_path):
+    dumps = {step: traced(LINES[G:], step) for step in (1, 10, 20)}
+    for step, lines in dumps.items():
+        complete(tmp_path / "run", lines, 0, step=step)
+    rows = cells_of(credit.tables(credit.gathered([tmp_path], None), None))
+    assert [row["step"] for row in rows] == ["1", "10", "20", "later"] * 3
+    steps = [step for number in (10, 20) for step in steps_by_hand(dumps[number])]
+    judged = [(scores["MSA"], label == 1) for scores, label, *_ in steps if label >= 0]
+    expected = auc_by_pairs(*zip(*judged, strict=True))
+    value, low, high = map(float, re.findall(r"-?[\d.]+", rows[3]["MSA"]))
+    assert value == pytest.approx(expected, abs=0.006) and low < value < high
+    # Groups of one number at two steps are two groups of other prompts
+    found = credit.gathered([tmp_path], None)["spro, 1 run"]["auc"]
+    assert len(set(credit.later(found).groups)) == len(set(found[10].groups)) + len(set(found[20].groups))
+
+
 def test_an_auc_within_responses_does_not_see_which_response_is_wrong(tmp_path):
     """A score that is the same all over a response tells wrong responses from right ones, and no place in them."""
     lines = traced(LINES[G:], 0)
@@ -400,8 +416,8 @@ def test_a_run_of_grpo_gets_all_tables_and_all_that_its_models_say(tmp_path, war
     ]
     assert asked == [(str(k), f"{n:,}") for k, n in zip((1, 2, 3), lines, strict=True)]
     of_steps = cells_of(done.stdout)
-    assert [row["step"] for row in of_steps] == ["1", "2", "3"] * 3
-    overall, spearman = of_steps[:3], of_steps[6:]
+    assert [row["step"] for row in of_steps] == ["1", "2", "3", "later"] * 3
+    overall, spearman = of_steps[:3], of_steps[8:11]
     for row in (*overall, *spearman):
         assert {"log-ratio", "CPR", "MSA", "log-prob", "entropy", "answer"} <= row.keys()
     # At the first step policy and reference are equal, so that MSA is 0 everywhere; at the third they are not

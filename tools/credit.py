@@ -149,7 +149,7 @@ class Steps:
     """Steps of responses: what the scorers say of each, and what is true of it."""
 
     truth: list = field(default_factory=list)  # bool, whether it is right; or float, what it gained
-    groups: list[tuple[int, int]] = field(default_factory=list)  # of siblings, as (run, number)
+    groups: list[tuple[int, ...]] = field(default_factory=list)  # of siblings, as (run, number)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, scores: dict[str, float], truth: bool | float, group: tuple[int, int]) -> None:
@@ -172,6 +172,18 @@ class Steps:
 
 
 ByStep = dict[int, Steps]  # by RL step
+
+
+def later(by_step: ByStep) -> Steps:
+    """Those of all dumps but the first step's, at which policy and reference are equal, together."""
+    together = Steps()
+    for number, steps in by_step.items():
+        if number > 1:
+            together.truth += steps.truth
+            together.groups += [(number, *group) for group in steps.groups]
+            for name, scores in steps.scores.items():
+                together.scores[name] += scores
+    return together
 
 
 def gathered(paths: list[Path], continuations: int | None) -> dict[str, dict[str, ByStep]]:
@@ -294,7 +306,7 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
             rows = {step: steps.compared(scorers, statistic) for step, steps in by_step.items()}
             if not rows:
                 continue
-            parts.append(f"{name}: {title}\n\n{table(rows, by_step, scorers)}")
+            parts.append(f"{name}: {title}\n\n{table(rows, by_step, scorers, statistic)}")
             if "step term" in scorers and kind != "spearman":
                 step_terms[kind][name] = {step: row["step term"] for step, row in rows.items()}
             if out:
@@ -323,14 +335,19 @@ def speaks(scorer: str, by_step: ByStep) -> bool:
     return any(np.any(steps.scores[scorer]) for steps in by_step.values())
 
 
-def table(rows: dict[int, dict[str, tuple]], by_step: ByStep, scorers: list[str]) -> str:
+def table(rows: dict[int, dict[str, tuple]], by_step: ByStep, scorers: list[str], statistic) -> str:
+    """A row for every dumped step, and a last one for all steps but the first together, where there are several."""
     lines = [f"| step | steps | {' | '.join(scorers)} |", "| --- " * (2 + len(scorers)) + "|"]
-    for step, row in rows.items():
-        truth = by_step[step].truth
-        of_what = f"{sum(truth)} right, {len(truth) - sum(truth)} wrong" if isinstance(truth[0], bool) else len(truth)
-        cells = [figure(*row[scorer]) for scorer in scorers]
-        lines.append(f"| {step} | {of_what} | {' | '.join(cells)} |")
+    lines += [table_row(str(step), by_step[step].truth, row, scorers) for step, row in rows.items()]
+    if sum(step > 1 for step in by_step) > 1:
+        together = later(by_step)
+        lines.append(table_row("later", together.truth, together.compared(scorers, statistic), scorers))
     return "\n".join(lines)
+
+
+def table_row(step: str, truth: list, row: dict[str, tuple], scorers: list[str]) -> str:
+    of_what = f"{sum(truth)} right, {len(truth) - sum(truth)} wrong" if isinstance(truth[0], bool) else len(truth)
+    return f"| {step} | {of_what} | {' | '.join(figure(*row[scorer]) for scorer in scorers)} |"
 
 
 def figure(value: float, low: float, high: float) -> str:
