@@ -373,7 +373,8 @@ def draw(rows: dict[int, dict[str, tuple]], scorers: list[str], title: str, igno
         axes.fill_between(list(rows), low, high, color=colour, alpha=0.12, linewidth=0)
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
         axes.plot(list(rows), value, label=scorer, **style)
-    axes.set(xlabel="RL step", ylabel=title.replace(" against ", "\nagainst "))
+    axes.set_xlabel("RL step")
+    axes.set_ylabel(title.replace(" against ", "\nagainst "), fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     drawing.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8, handlelength=4)
