@@ -16,9 +16,10 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it, and so their children
 
-# With pytest -n 2 --dist loadfile a file goes to one process. The one of the real model, a few tests that take minutes,
-# would keep one process waiting for the other if it were begun last.
-FIRST = "test_smollm2.py"
+# With pytest -n 2 --dist loadfile a file goes to one process. A long one begun last would keep one process waiting for
+# the other.
+LONGEST = ["smollm2", "train", "ranks", "run", "relatives", "bench", "programs", "values", "sweep", "critic", "prime"]
+FIRST = [f"test_{name}.py" for name in LONGEST]
 
 
 def pytest_configure(config):
@@ -27,7 +28,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != FIRST)
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 # One-step chains and short responses: a run takes a second, and rewards, gradients and lengths still vary.
