@@ -281,6 +281,7 @@ def test_every_table_is_drawn_and_the_step_terms_of_several_configs_together(tmp
     pytest.importorskip("matplotlib")
     for step in (1, 10):
         complete(tmp_path / "run", traced(LINES[G:], step), 0, step=step)
+    monkeypatch.setattr(credit, "RESAMPLES", 20)  # for speed: what is drawn is not looked at
     arguments = ["credit", "--out", str(tmp_path / "out"), str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", arguments)
     credit.main()
