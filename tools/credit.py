@@ -17,7 +17,7 @@ and not in which response. Scorers, of the tokens of a step:
     PRM         log-ratio of PRIME's model to the reference, summed
     answer      log-ratio of the policy that is told the answer to the policy, summed
 
-Where the dumps hold Monte-Carlo values, a second table has each scorer's rank correlation (Spearman) with the step's
+Where the dumps hold Monte-Carlo values, a further table has each scorer's rank correlation (Spearman) with the step's
 Monte-Carlo advantage, its value after minus before. With --continuations the runs' models add what the dumps lack:
 Monte-Carlo values, of K continuations each, and the log-probs that a scorer needs. Intervals are 95 %, by a bootstrap
 over groups of siblings: over further prompts of these runs, not over further runs.
