@@ -53,6 +53,7 @@ SCORERS = {  # name: (the values of the tokens, what makes one number of those o
     "PRM": ("prm_log_ratio", torch.sum),
     "answer": ("answer_log_ratio", torch.sum),
 }
+STYLES = dict(zip(SCORERS, report.STYLES, strict=True))  # a scorer has one in every figure
 NOTHING = (np.nan, np.nan, np.nan)  # where a config has no dump
 ROUNDING = 1e-5  # of the advantages, which training computes in fp32
 
@@ -149,7 +150,9 @@ class Steps:
     """Steps of responses: what the scorers say of each, and what is true of it."""
 
     truth: list = field(default_factory=list)  # bool, whether it is right; or float, what it gained
-    groups: list[tuple[int, ...]] = field(default_factory=list)  # of siblings, as (run, number)
+    groups: list[tuple[int, ...]] = field(
+        default_factory=list
+    )  # of siblings: (run, number), in `later` (step, run, number)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, scores: dict[str, float], truth: bool | float, group: tuple[int, int]) -> None:
@@ -311,7 +314,8 @@ def tables(found: dict[str, dict[str, ByStep]], out: Path | None) -> str:
                 step_terms[kind][name] = {step: row["step term"] for step, row in rows.items()}
             if out:
                 slug = re.sub(r"\W+", "-", name).strip("-")
-                draw(rows, scorers, title, ignorance, out / f"{kind}-{slug}.svg")
+                styles = {scorer: STYLES[scorer] for scorer in scorers}
+                draw(rows, styles, title, ignorance, out / f"{kind}-{slug}.svg")
     for kind, of_configs in step_terms.items():
         if out and len(of_configs) > 1:
             draw_step_terms(kind, of_configs, out)
@@ -327,7 +331,8 @@ def draw_step_terms(kind: str, of_configs: dict[str, dict[int, tuple]], out: Pat
         dumped = sorted({step for name in part for step in of_configs[name]})
         rows = {step: {name: of_configs[name].get(step, NOTHING) for name in part} for step in dumped}
         which = f"-{first // at_once + 1}" if first else ""
-        draw(rows, part, f"step terms: {title}", ignorance, out / f"{kind}-step-term{which}.svg")
+        styles = dict(zip(part, report.STYLES, strict=False))
+        draw(rows, styles, f"step terms: {title}", ignorance, out / f"{kind}-step-term{which}.svg")
 
 
 def speaks(scorer: str, by_step: ByStep) -> bool:
@@ -354,10 +359,8 @@ def figure(value: float, low: float, high: float) -> str:
     return "-" if np.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def draw(rows: dict[int, dict[str, tuple]], scorers: list[str], title: str, ignorance: float, file: Path) -> None:
-    """The line of each scorer, or config, against the RL step, with its interval as a band. A scorer has the same style
-    in every figure.
-    """
+def draw(rows: dict[int, dict[str, tuple]], styles: dict[str, tuple], title: str, ignorance: float, file: Path) -> None:
+    """The line of each name in `styles`, a scorer or a config, against the RL step, with its interval as a band."""
     matplotlib = optional("matplotlib", "matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "credit", "font.size": 11, "svg.fonttype": "none"}
@@ -365,14 +368,11 @@ def draw(rows: dict[int, dict[str, tuple]], scorers: list[str], title: str, igno
 
     drawing, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
     axes.axhline(ignorance, color="#999999", linewidth=0.8)
-    styled = list(SCORERS) if scorers[0] in SCORERS else scorers
-    for scorer, (colour, line, marker) in zip(styled, report.STYLES, strict=False):
-        if scorer not in scorers:
-            continue
-        value, low, high = np.array([row[scorer] for row in rows.values()]).T
+    for name, (colour, line, marker) in styles.items():
+        value, low, high = np.array([row[name] for row in rows.values()]).T
         axes.fill_between(list(rows), low, high, color=colour, alpha=0.12, linewidth=0)
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
-        axes.plot(list(rows), value, label=scorer, **style)
+        axes.plot(list(rows), value, label=name, **style)
     axes.set_xlabel("RL step")
     axes.set_ylabel(title.replace(" against ", "\nagainst "), fontsize=9)
     axes.grid(alpha=0.25)

@@ -106,7 +106,7 @@ class RunModels:
             add(lines, step_label=labels, trace_id=trace_ids)
         if "value_after" not in lines[0]:
             numbers = steps.step_ids(batch, policy.tokenizer, config.algorithm)
-            prefixes = sum(len(set(row[row >= 0].tolist())) for row in numbers)
+            prefixes = sum(len(values.prefixes_of(batch, numbers, row)) for row in range(len(batch)))
             print(
                 f"{self.run}, step {step}: {continuations} continuations of up to {prefixes:,} prefixes",
                 file=sys.stderr,
